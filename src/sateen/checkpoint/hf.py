@@ -1,0 +1,301 @@
+"""Hugging Face directories in and out: config.json, safetensors shards with their index, tokenizer files.
+
+Tensors stream one at a time from the shards into the parameters; every tensor of the checkpoint must find its
+place and every parameter must be filled, or the load fails with the names. A directory is written beside its
+place and renamed, so a failed save leaves the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sateen.errors import CheckpointError, ConfigError, nearest
+from sateen.models.base import Entry, ModelConfig
+from sateen.models.decoder import Decoder
+from sateen.models.registry import PRESETS, family, preset
+from sateen.nn.moe import Router
+
+log = logging.getLogger("sateen.checkpoint")
+
+SHARD_BYTES = 5 * 2**30
+INDEX = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Files a model directory carries beside its tensors; copied byte for byte.
+CARRIED = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json merges.txt added_tokens.json "
+    "tokenizer.model chat_template.jinja generation_config.json"
+).split()
+
+
+def resolve(path: str | Path) -> Path:
+    """The model directory that `path` names: itself, or the last checkpoint of a run folder.
+
+    Raises:
+        CheckpointError: neither a config.json nor a run folder's `model` is there.
+    """
+    folder = Path(path)
+    for candidate in (folder, folder / "model", folder / "hf"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if (folder / "run.toml").is_file():
+        raise CheckpointError(f"{folder}: this run has no checkpoint yet; run `sateen train` on it first")
+    names = ", ".join(sorted(PRESETS))
+    raise CheckpointError(f"{folder}: no config.json here; a model is a directory with one, a run folder or a preset ({names})")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The dictionary of a directory's config.json."""
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: cannot be read ({error})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{folder / 'config.json'}: a JSON object is expected")
+    return raw
+
+
+def shards(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it, from the index or from the files themselves.
+
+    Raises:
+        CheckpointError: no tensors, a file the index names is missing, or a file is damaged.
+    """
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+        if missing:
+            raise CheckpointError(f"{folder / INDEX}: names files that are not there: {', '.join(missing)}")
+        return {name: folder / file for name, file in weight_map.items()}
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with open_shard(file) as shard:
+            found.update(dict.fromkeys(shard.keys(), file))
+    if not found:
+        raise CheckpointError(f"{folder}: no .safetensors file here")
+    return found
+
+
+def open_shard(file: Path) -> Any:
+    """An open safetensors file; a damaged one is a CheckpointError that names it."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a complete safetensors file ({error}); fetch or write it again") from None
+
+
+def parameter_entries(model: Decoder) -> Iterator[tuple[str, Tensor, Entry]]:
+    """For each tensor a checkpoint of this model holds: our name, our tensor, and where the checkpoint keeps it."""
+    entries = family(model.config.raw | {"model_type": model.config.model_type}, "config.json").entries
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        for entry in entries(name, tuple(tensor.shape)):
+            yield name, tensor, entry
+
+
+def _float32_names(model: Decoder) -> set[str]:
+    """Router tensors stay in float32 whatever dtype is asked for (MiMo-V2-Flash §2.1)."""
+    routers = {name for name, module in model.named_modules() if isinstance(module, Router)}
+    return {f"{name}.{leaf}" for name in routers for leaf in ("weight", "e_score_correction_bias")}
+
+
+def load(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Decoder:
+    """The model stored in `folder`.
+
+    Args:
+        dtype: of the parameters; None keeps each tensor's stored dtype. Routers stay float32.
+        device: where parameters go; `meta` checks names and shapes without reading data.
+
+    Raises:
+        CheckpointError: unknown or missing tensors, shapes that do not fit, damaged files, unsupported dtypes.
+    """
+    where = shards(folder)
+    config = ModelConfig.from_hf(read_config(folder), tensor_names=where, origin=str(folder / "config.json"))
+    with torch.device("meta"):
+        model = Decoder(config)
+    places = {entry.name: (name, entry.index) for name, _, entry in parameter_entries(model)}
+    unknown = sorted(where.keys() - places.keys())
+    if config.tie_word_embeddings and "lm_head.weight" in unknown:
+        unknown.remove("lm_head.weight")  # some writers repeat the tied matrix
+        where.pop("lm_head.weight")
+    missing = sorted(places.keys() - where.keys())
+    if unknown or missing:
+        raise CheckpointError(f"{folder}: {_mismatch(unknown, missing)}")
+    _fill(model, where, places, dtype, torch.device(device or "cpu"))
+    return model
+
+
+def _mismatch(unknown: list[str], missing: list[str]) -> str:
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    parts = []
+    if unknown:
+        parts.append(f"{len(unknown)} tensors the config does not account for: {some(unknown)}{nearest(unknown[0], missing)}")
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing: {some(missing)}")
+    return "; ".join(parts) + "; the config and the tensors do not belong together"
+
+
+def _fill(
+    model: Decoder,
+    where: dict[str, Path],
+    places: dict[str, tuple[str, int | None]],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    ours = model.state_dict(keep_vars=True)
+    float32 = _float32_names(model)
+    filled: dict[str, Tensor] = {}
+    for file in sorted(set(where.values())):
+        with open_shard(file) as shard:
+            for key in (name for name, home in where.items() if home == file):
+                name, index = places[key]
+                shape = ours[name].shape if index is None else ours[name].shape[1:]
+                view = shard.get_slice(key)
+                if tuple(view.get_shape()) != tuple(shape):
+                    raise CheckpointError(f"{file}: {key} has shape {tuple(view.get_shape())}, the config asks for {tuple(shape)}")
+                if view.get_dtype() not in ("F64", "F32", "BF16", "F16"):
+                    raise CheckpointError(f"{file}: {key} is {view.get_dtype()}; readable: F64, F32, BF16, F16")
+                if device.type == "meta":
+                    continue
+                tensor = shard.get_tensor(key)
+                wanted = torch.float32 if name in float32 else dtype or tensor.dtype
+                if index is None:
+                    filled[name] = tensor.to(device, wanted)
+                else:
+                    if name not in filled:
+                        filled[name] = torch.empty(ours[name].shape, dtype=wanted, device=device)
+                    filled[name][index].copy_(tensor)
+    if device.type != "meta":
+        model.load_state_dict(filled, assign=True, strict=not model.config.tie_word_embeddings)
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def load_model(
+    path_or_preset: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> Decoder:
+    """A model from a directory, a run folder's last checkpoint, or a preset with fresh weights (seed 0).
+
+    Args:
+        path_or_preset: what to load.
+        dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the stored dtypes (presets: float32).
+        device: torch device; `meta` builds without data.
+
+    Raises:
+        CheckpointError: see `load`; also a preset larger than half of the free memory.
+        ConfigError: an unknown dtype.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not accepted; accepted: {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    if str(path_or_preset) in PRESETS and not Path(path_or_preset).exists():
+        return _from_preset(str(path_or_preset), dtype or torch.float32, torch.device(device or "cpu"))
+    folder = resolve(path_or_preset)
+    model = load(folder, dtype=dtype, device=device)
+    model.source = folder
+    return model.eval()
+
+
+def _from_preset(name: str, dtype: torch.dtype, device: torch.device) -> Decoder:
+    config = ModelConfig.from_hf(preset(name), origin=f"preset {name}")
+    with torch.device("meta"):
+        model = Decoder(config).to(dtype)
+    if device.type == "meta":
+        return model
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = free_bytes(device)
+    if size > free / 2:
+        raise CheckpointError(
+            f"preset {name} needs {size / 2**30:.1f} GiB in {dtype}, more than half of the {free / 2**30:.1f} GiB free; "
+            'use device="meta" to look at it without data'
+        )
+    routers = _float32_names(model)
+    model = model.to_empty(device=device)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if key in routers:
+            tensor.data = tensor.data.float()
+    return model.init_weights(0).eval()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on a device, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def save(model: Decoder, folder: str | Path, *, carry_from: str | Path | None = None) -> None:
+    """Writes the model as a Hugging Face directory, atomically: config.json, tensors, carried files.
+
+    Args:
+        folder: replaced if it exists, once the new one is complete.
+        carry_from: directory whose `CARRIED` files (tokenizer, template) come along; the model's own source if None.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        write_files(model, fresh, carry_from=carry_from)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old)
+    else:
+        fresh.rename(folder)
+
+
+def write_files(model: Decoder, folder: Path, *, carry_from: str | Path | None = None) -> None:
+    """The files of `save`, straight into `folder`; for callers that have their own atomic directory."""
+    groups: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for _, tensor, entry in parameter_entries(model):
+        part = (tensor if entry.index is None else tensor[entry.index]).detach().cpu().contiguous()
+        nbytes = part.numel() * part.element_size()
+        if size and size + nbytes > SHARD_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][entry.name] = part
+        size += nbytes
+    total = sum(t.numel() * t.element_size() for group in groups for t in group.values())
+    weight_map = {}
+    for i, group in enumerate(groups):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
+        save_file(group, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(group, file))
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    (folder / "config.json").write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
+    source = carry_from or getattr(model, "source", None)
+    for name in CARRIED if source else ():
+        file_path = Path(source or "") / name
+        if file_path.is_file():
+            shutil.copyfile(file_path, folder / name)
+
+
+Decoder.saver = save

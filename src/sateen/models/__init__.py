@@ -1,0 +1,1 @@
+"""Decoder models read from `config.json`: one file per family, one decoder for all."""

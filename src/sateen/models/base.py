@@ -1,0 +1,161 @@
+"""`ModelConfig`: a `config.json`, read once into the specs that modules are built from.
+
+The dictionary stays the only model config: it is kept as it came and written back untouched. Families translate
+its words into `LayerSpec`s; nothing below a family reads the dictionary.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from sateen.errors import ConfigError, nearest
+from sateen.nn.spec import KVLayout, LayerSpec, MTPSpec
+
+log = logging.getLogger("sateen.models")
+
+# Keys transformers and hubs write into every config.json; they do not change the model we build.
+NEUTRAL_KEYS = frozenset(
+    "_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype "
+    "eos_token_id id2label initializer_range is_encoder_decoder label2id max_position_embeddings model_type "
+    "output_attentions output_hidden_states pad_token_id problem_type pretraining_tp return_dict torch_dtype "
+    "transformers_version use_cache vocab_size hidden_size num_hidden_layers tie_word_embeddings sep_token_id "
+    "output_router_logits router_aux_loss_coef".split()
+)
+
+
+class Entry(NamedTuple):
+    """Where a tensor of a checkpoint lives in the model: the whole parameter, or one index of its first axis."""
+
+    name: str
+    index: int | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` is read.
+
+    Attributes:
+        parse: config dictionary -> ModelConfig, without MTP heads counted from tensors.
+        keys: the config keys it understands, beside `NEUTRAL_KEYS`.
+        entries: (parameter name, its shape) -> the checkpoint tensors that hold it.
+        mtp: MTP heads of a config with their number, or None; asked when only tensor names tell the number.
+    """
+
+    parse: Callable[[Mapping[str, Any]], ModelConfig]
+    keys: frozenset[str]
+    entries: Callable[[str, tuple[int, ...]], Iterator[Entry]]
+    mtp: Callable[[ModelConfig, int], MTPSpec] | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's shape.
+
+    Attributes:
+        model_type: the family, as `config.json` spells it.
+        vocab_size: rows of the embedding, padding included.
+        hidden_size: width D of the residual stream.
+        rms_norm_eps: epsilon of every norm.
+        max_position_embeddings: longest context, in tokens.
+        tie_word_embeddings: the output matrix is the embedding.
+        initializer_range: standard deviation of fresh weights.
+        specs: one per trunk layer.
+        mtp: multi-token prediction heads, or None.
+        raw: the dictionary itself.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    initializer_range: float
+    specs: tuple[LayerSpec, ...]
+    mtp: MTPSpec | None
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_hf(
+        cls, raw: Mapping[str, Any], *, tensor_names: Iterable[str] | None = None, origin: str = "config.json"
+    ) -> ModelConfig:
+        """The model that `config.json` describes.
+
+        Args:
+            raw: the dictionary of `config.json`.
+            tensor_names: the checkpoint's tensor names; they tell the number of MTP heads where the config does
+                not (`num_nextn_predict_layers` is missing).
+            origin: where the dictionary came from, for messages.
+
+        Raises:
+            ConfigError: unknown model_type, a missing key, or a key that looks misspelt. Keys that resemble none
+                of ours are kept, not used, and named in one log line.
+        """
+        from sateen.models.registry import family
+
+        chosen = family(raw, origin)
+        check_keys(raw, chosen.keys | NEUTRAL_KEYS, origin)
+        try:
+            config = chosen.parse(raw)
+        except KeyError as error:
+            raise ConfigError(f"{origin}: {error.args[0]} is missing for {raw.get('model_type')!r}") from None
+        if config.mtp is None and chosen.mtp is not None and raw.get("num_nextn_predict_layers") is None:
+            heads = {int(m[1]) for name in tensor_names or () if (m := re.match(r"model\.mtp[._]layers\.(\d+)\.", name))}
+            if heads:
+                config = replace(config, mtp=chosen.mtp(config, len(heads)))
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dictionary this config was read from."""
+        return copy.deepcopy(dict(self.raw))
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.specs)
+
+    @property
+    def num_mtp_heads(self) -> int:
+        return self.mtp.num_heads if self.mtp else 0
+
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """One spec per trunk layer."""
+        return self.specs
+
+    def kv_layouts(self) -> tuple[tuple[KVLayout, ...], ...]:
+        """What an engine allocates for each trunk layer, then for each MTP head."""
+        from sateen.nn.attention import Attention
+
+        heads = [self.mtp.layer] * self.num_mtp_heads if self.mtp else []
+        return tuple(Attention.kinds[spec.attention].kv_layouts(spec) for spec in (*self.specs, *heads))
+
+
+def check_keys(raw: Mapping[str, Any], known: Collection[str], origin: str) -> None:
+    """Refuses a key that looks like a misspelling of one that is absent; logs the other unknown ones."""
+    unknown = [key for key in raw if key not in known]
+    for key in unknown:
+        hint = nearest(key, [k for k in known if k not in raw])
+        if hint and nearest(key, raw.keys() & set(known)) == "":
+            raise ConfigError(f"{origin}: {key} is not a key of {raw.get('model_type')!r}{hint}")
+    if unknown:
+        log.info("%s: kept but not used: %s", origin, ", ".join(sorted(unknown)))
+
+
+def plain_entries(name: str, shape: tuple[int, ...]) -> Iterator[Entry]:
+    """A parameter stored under its own name."""
+    yield Entry(name, None)
+
+
+def rope_theta(raw: Mapping[str, Any], default: float, kind: str | None = None) -> float:
+    """The rotary base from `rope_theta` or transformers' `rope_parameters`; scaled variants are refused."""
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if kind is not None and kind in parameters:
+        parameters = parameters[kind]
+    style = parameters.get("rope_type", parameters.get("type", "default"))
+    if style != "default":
+        raise ConfigError(f"config.json: rope type {style!r} is not supported; accepted: 'default'")
+    return float(parameters.get("rope_theta", raw.get("rope_theta", default)))

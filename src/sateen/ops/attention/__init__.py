@@ -1,0 +1,96 @@
+"""Packed causal softmax attention with windows, grouped queries and sinks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sateen.errors import ShapeError
+from sateen.ops.attention.native import attention_native
+from sateen.ops.attention.reference import OP, attention_reference
+from sateen.ops.attention.select import select_blocks
+from sateen.ops.attention.chunked import attention_torch
+
+__all__ = ["OP", "attention", "attention_native", "attention_reference", "attention_torch", "select_blocks"]
+
+
+def attention(
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKV: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    sink_N: Tensor | None = None,
+    return_lse: bool = False,
+    block_max: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Causal softmax attention over packed sequences.
+
+    Args:
+        q_TNH: queries, packed over sequences; T tokens, N heads, H channels.
+        k_SKH: keys; K divides N (grouped-query attention).
+        v_SKV: values; V may differ from H.
+        cu_seqlens_q: int32 [B + 1], offsets of the sequences' queries; first 0, last T.
+        cu_seqlens_k: the same for keys, last S; equal to `cu_seqlens_q` when None. A sequence with more keys
+            than queries is right-aligned: its last query sees its last key.
+        scale: multiplier of the scores; 1/sqrt(H) when None.
+        window: keys each query sees, its own included; None for all earlier keys.
+        sink_N: a logit per query head that joins the softmax without a value and without `scale`.
+        return_lse: also return the log-sum-exp of the scaled scores, float32 [N, T], the sink not included.
+        block_max: also return the largest scaled score in each tile of this many keys, float32
+            [N, T, ceil(longest sequence / block_max)], -inf where nothing is visible.
+        backend: `auto`, or one of `OP.backends`.
+
+    Returns:
+        The output [T, N, V] in q's dtype; a tuple with the log-sum-exp and the tile maxima where asked for.
+        A query that sees no key gives zeros and a log-sum-exp of -inf. Only the output is differentiable.
+
+    Raises:
+        ShapeError: N is not a multiple of K, or the offsets do not fit the tensors.
+        BackendUnavailable: the named backend cannot run this call.
+
+    Source: sinks as in MiMo-V2-Flash (arXiv 2601.02780 §2.2, eq. 1-4); tile maxima as in HySparse
+    (arXiv 2602.03560 algorithm 1), raw and not divided by the row sum.
+    """
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    _check(q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, window, sink_N)
+    out: Tensor | tuple[Tensor, ...] = OP(
+        q_TNH,
+        k_SKH,
+        v_SKV,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
+        window=window,
+        sink_N=sink_N,
+        return_lse=return_lse,
+        block_max=block_max,
+        backend=backend,
+    )
+    return out
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int | None, sink: Tensor | None
+) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 3) or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        raise ShapeError(f"attention takes q [T,N,H], k [S,K,H], v [S,K,V]; got {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ShapeError(f"attention needs query heads that are a multiple of key/value heads; got {shapes}")
+    if window is not None and window < 1:
+        raise ShapeError(f"attention window counts the query's own key, so it is at least 1; got {window}")
+    if sink is not None and sink.shape != (q.shape[1],):
+        raise ShapeError(f"attention takes one sink per query head; got {tuple(sink.shape)} for {shapes}")
+    # Offsets are read on the CPU only: on other devices the check would wait for the device at every call.
+    if not torch.compiler.is_compiling() and cu_q.device.type == "cpu":
+        ends = (int(cu_q[-1]), int(cu_k[-1]))
+        if ends != (q.shape[0], k.shape[0]) or cu_q.shape != cu_k.shape:
+            raise ShapeError(
+                f"attention offsets end at {ends} for {cu_q.numel() - 1} and {cu_k.numel() - 1} sequences; got {shapes}"
+            )
