@@ -44,6 +44,10 @@ class BackendUnavailable(SateenError, RuntimeError):
     """A kernel backend was asked for by name and cannot run here; the message lists the reasons."""
 
 
+class TrainingError(SateenError):
+    """Training cannot go on: a loss or gradient is not finite; the last checkpoint is still good."""
+
+
 class RewardError(SateenError):
     """A reward could not be computed; a wrong answer is not an error."""
 

@@ -51,7 +51,9 @@ def resolve(path: str | Path) -> Path:
     if (folder / "run.toml").is_file():
         raise CheckpointError(f"{folder}: this run has no checkpoint yet; run `sateen train` on it first")
     names = ", ".join(sorted(PRESETS))
-    raise CheckpointError(f"{folder}: no config.json here; a model is a directory with one, a run folder or a preset ({names})")
+    raise CheckpointError(
+        f"{folder}: no config.json here; a model is a directory with one, a run folder or a preset ({names})"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -72,7 +74,12 @@ def shards(folder: Path) -> dict[str, Path]:
         CheckpointError: no tensors, a file the index names is missing, or a file is damaged.
     """
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        try:
+            weight_map = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder / INDEX}: not a safetensors index ({error!r}); fetch or write it again"
+            ) from None
         missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
         if missing:
             raise CheckpointError(f"{folder / INDEX}: names files that are not there: {', '.join(missing)}")
@@ -91,7 +98,9 @@ def open_shard(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a complete safetensors file ({error}); fetch or write it again") from None
+        raise CheckpointError(
+            f"{file}: not a complete safetensors file ({error}); fetch or write it again"
+        ) from None
 
 
 def parameter_entries(model: Decoder) -> Iterator[tuple[str, Tensor, Entry]]:
@@ -110,7 +119,9 @@ def _float32_names(model: Decoder) -> set[str]:
     return {f"{name}.{leaf}" for name in routers for leaf in ("weight", "e_score_correction_bias")}
 
 
-def load(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Decoder:
+def load(
+    folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> Decoder:
     """The model stored in `folder`.
 
     Args:
@@ -142,7 +153,9 @@ def _mismatch(unknown: list[str], missing: list[str]) -> str:
 
     parts = []
     if unknown:
-        parts.append(f"{len(unknown)} tensors the config does not account for: {some(unknown)}{nearest(unknown[0], missing)}")
+        parts.append(
+            f"{len(unknown)} tensors the config does not account for: {some(unknown)}{nearest(unknown[0], missing)}"
+        )
     if missing:
         parts.append(f"{len(missing)} tensors are missing: {some(missing)}")
     return "; ".join(parts) + "; the config and the tensors do not belong together"
@@ -160,14 +173,23 @@ def _fill(
     filled: dict[str, Tensor] = {}
     for file in sorted(set(where.values())):
         with open_shard(file) as shard:
-            for key in (name for name, home in where.items() if home == file):
+            keys = [name for name, home in where.items() if home == file]
+            if absent := sorted(set(keys) - set(shard.keys())):
+                raise CheckpointError(
+                    f"{file}: {', '.join(absent[:5])} is not in this file, where {INDEX} has it"
+                )
+            for key in keys:
                 name, index = places[key]
                 shape = ours[name].shape if index is None else ours[name].shape[1:]
                 view = shard.get_slice(key)
                 if tuple(view.get_shape()) != tuple(shape):
-                    raise CheckpointError(f"{file}: {key} has shape {tuple(view.get_shape())}, the config asks for {tuple(shape)}")
+                    raise CheckpointError(
+                        f"{file}: {key} has shape {tuple(view.get_shape())}, the config asks for {tuple(shape)}"
+                    )
                 if view.get_dtype() not in ("F64", "F32", "BF16", "F16"):
-                    raise CheckpointError(f"{file}: {key} is {view.get_dtype()}; readable: F64, F32, BF16, F16")
+                    raise CheckpointError(
+                        f"{file}: {key} is {view.get_dtype()}; readable: F64, F32, BF16, F16"
+                    )
                 if device.type == "meta":
                     continue
                 tensor = shard.get_tensor(key)
@@ -185,7 +207,10 @@ def _fill(
 
 
 def load_model(
-    path_or_preset: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+    path_or_preset: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> Decoder:
     """A model from a directory, a run folder's last checkpoint, or a preset with fresh weights (seed 0).
 
@@ -225,6 +250,8 @@ def _from_preset(name: str, dtype: torch.dtype, device: torch.device) -> Decoder
         )
     routers = _float32_names(model)
     model = model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     for key, tensor in model.state_dict(keep_vars=True).items():
         if key in routers:
             tensor.data = tensor.data.float()
@@ -246,10 +273,21 @@ def save(model: Decoder, folder: str | Path, *, carry_from: str | Path | None = 
     """Writes the model as a Hugging Face directory, atomically: config.json, tensors, carried files.
 
     Args:
-        folder: replaced if it exists, once the new one is complete.
+        folder: replaced once the new one is complete, if it exists and holds a model or nothing.
         carry_from: directory whose `CARRIED` files (tokenizer, template) come along; the model's own source if None.
+
+    Raises:
+        CheckpointError: `folder` holds something else, which replacing would delete.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if (
+        folder.exists()
+        and not (folder / "config.json").is_file()
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
+        raise CheckpointError(
+            f"{folder}: exists and is not a model directory; name another place, or remove it first"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -263,7 +301,11 @@ def save(model: Decoder, folder: str | Path, *, carry_from: str | Path | None = 
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        fresh.rename(folder)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
         shutil.rmtree(old)
     else:
         fresh.rename(folder)
@@ -284,7 +326,9 @@ def write_files(model: Decoder, folder: Path, *, carry_from: str | Path | None =
     total = sum(t.numel() * t.element_size() for group in groups for t in group.values())
     weight_map = {}
     for i, group in enumerate(groups):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
+        file = (
+            "model.safetensors" if len(groups) == 1 else f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
+        )
         save_file(group, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(group, file))
     if len(groups) > 1:

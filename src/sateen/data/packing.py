@@ -99,9 +99,7 @@ class TokenSignals:
     target_logprobs_TK: Tensor | None = None
 
 
-def pack(
-    sequences: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None = None
-) -> PackedBatch:
+def pack(sequences: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None = None) -> PackedBatch:
     """A batch of these token sequences; labels default to the next token of each sequence, -100 at its end."""
     flat = [token for sequence in sequences for token in sequence]
     if labels is None:

@@ -105,7 +105,11 @@ class ModelConfig:
         except KeyError as error:
             raise ConfigError(f"{origin}: {error.args[0]} is missing for {raw.get('model_type')!r}") from None
         if config.mtp is None and chosen.mtp is not None and raw.get("num_nextn_predict_layers") is None:
-            heads = {int(m[1]) for name in tensor_names or () if (m := re.match(r"model\.mtp[._]layers\.(\d+)\.", name))}
+            heads = {
+                int(m[1])
+                for name in tensor_names or ()
+                if (m := re.match(r"model\.mtp[._]layers\.(\d+)\.", name))
+            }
             if heads:
                 config = replace(config, mtp=chosen.mtp(config, len(heads)))
         return config
@@ -148,6 +152,26 @@ def check_keys(raw: Mapping[str, Any], known: Collection[str], origin: str) -> N
 def plain_entries(name: str, shape: tuple[int, ...]) -> Iterator[Entry]:
     """A parameter stored under its own name."""
     yield Entry(name, None)
+
+
+def layer_types(
+    raw: Mapping[str, Any],
+    count: int,
+    key: str = "layer_types",
+    accepted: Collection[str] = ("full_attention", "sliding_attention"),
+) -> list[str] | None:
+    """The kinds that `raw[key]` lists, one per layer, or None where the key is absent; others are refused."""
+    if raw.get(key) is None:
+        return None
+    kinds = [str(kind) for kind in raw[key]]
+    for index, kind in enumerate(kinds):
+        if kind not in accepted:
+            raise ConfigError(
+                f"config.json: {key}[{index}] {kind!r} is not supported; accepted: {', '.join(accepted)}"
+            )
+    if len(kinds) != count:
+        raise ConfigError(f"config.json: {key} lists {len(kinds)} layers for num_hidden_layers {count}")
+    return kinds
 
 
 def rope_theta(raw: Mapping[str, Any], default: float, kind: str | None = None) -> float:

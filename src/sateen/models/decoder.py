@@ -43,7 +43,11 @@ class DecoderLayer(nn.Module):
     def __init__(self, hidden_size: int, spec: LayerSpec, eps: float):
         super().__init__()
         self.self_attn = Attention.kinds[spec.attention](hidden_size, spec, eps)
-        self.mlp = MoE(hidden_size, spec.moe, spec.index) if spec.moe else SwiGLU(hidden_size, spec.intermediate_size)
+        self.mlp = (
+            MoE(hidden_size, spec.moe, spec.index)
+            if spec.moe
+            else SwiGLU(hidden_size, spec.intermediate_size)
+        )
         self.input_layernorm = RMSNorm(hidden_size, eps)
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
 
@@ -179,7 +183,9 @@ class Decoder(nn.Module):
         if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
             got = tuple(input_ids.shape), None if attention_mask is None else tuple(attention_mask.shape)
             raise ShapeError(f"the model takes input_ids [B, T] and attention_mask of that shape; got {got}")
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        real = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
         lengths = real.sum(1)
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
         seq = Sequences(offsets, (real.cumsum(1) - 1)[real])
@@ -223,9 +229,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters: `total` (trunk and matrices), `mtp`, and `active` per token of the trunk."""
     mtp = total = active = 0
     seen: set[int] = set()
-    experts: dict[str, Any] = {
-        f"{name}.": m.spec for name, m in model.named_modules() if isinstance(m, MoE)
-    }
+    experts: dict[str, Any] = {f"{name}.": m.spec for name, m in model.named_modules() if isinstance(m, MoE)}
     for name, parameter in model.named_parameters():
         if id(parameter) in seen:
             continue

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sateen.errors import ConfigError
-from sateen.models.base import Family, ModelConfig, plain_entries, rope_theta
+from sateen.models.base import Family, ModelConfig, layer_types, plain_entries, rope_theta
 from sateen.nn.spec import LayerSpec
 
 KEYS = frozenset(
@@ -30,14 +30,19 @@ def dense_layers(raw: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     head_dim = int(raw.get("head_dim") or raw["hidden_size"] // heads)
     bias = bool(raw.get("attention_bias", BIAS[kind]))
     windowed = kind == "mistral" or bool(raw.get("use_sliding_window"))
-    window = raw.get("sliding_window") if windowed else None
-    first_windowed = int(raw.get("max_window_layers", 0)) if kind != "mistral" else 0
+    window = raw.get("sliding_window", 4096) if windowed else None
+    first_windowed = int(raw.get("max_window_layers", 28)) if kind != "mistral" else 0
+    count = int(raw["num_hidden_layers"])
+    types = layer_types(raw, count)
     layers = []
-    for index in range(int(raw["num_hidden_layers"])):
-        types = raw.get("layer_types")
-        slides = types[index] == "sliding_attention" if types else window is not None and index >= first_windowed
+    for index in range(count):
+        slides = (
+            types[index] == "sliding_attention" if types else window is not None and index >= first_windowed
+        )
         if slides and window is None:
-            raise ConfigError(f"config.json: layer_types[{index}] is sliding_attention but sliding_window is not set")
+            raise ConfigError(
+                f"config.json: layer_types[{index}] is sliding_attention but sliding_window is not set"
+            )
         layers.append(
             LayerSpec(
                 index=index,
@@ -50,7 +55,7 @@ def dense_layers(raw: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
                 rotary_dim=head_dim,
                 window=int(window) if slides and window is not None else None,
                 qkv_bias=bias,
-                o_bias=bias and kind == "llama",
+                o_bias=bias and kind in ("llama", "qwen3"),
                 qk_norm=kind == "qwen3",
                 intermediate_size=int(raw["intermediate_size"]),
             )

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sateen.errors import ConfigError
-from sateen.models.base import Entry, Family, ModelConfig, rope_theta
+from sateen.models.base import Entry, Family, ModelConfig, layer_types, rope_theta
 from sateen.nn.spec import LayerSpec, MoESpec, MTPSpec
 
 KEYS = frozenset(
@@ -51,7 +51,7 @@ def _kinds(raw: Mapping[str, Any]) -> list[bool]:
     count = int(raw["num_hidden_layers"])
     if (pattern := raw.get("hybrid_layer_pattern")) is not None:
         slides = [bool(bit) for bit in pattern]
-    elif (types := raw.get("layer_types")) is not None:
+    elif (types := layer_types(raw, count)) is not None:
         slides = [kind == "sliding_attention" for kind in types]
     else:
         slides = [i != 0 and (i + 1) % 6 != 0 for i in range(count)]
@@ -64,7 +64,7 @@ def _moe_flags(raw: Mapping[str, Any]) -> list[bool]:
     count = int(raw["num_hidden_layers"])
     if (freq := raw.get("moe_layer_freq")) is not None:
         flags = [bool(bit) for bit in freq]
-    elif (types := raw.get("mlp_layer_types")) is not None:
+    elif (types := layer_types(raw, count, "mlp_layer_types", ("dense", "sparse"))) is not None:
         flags = [kind == "sparse" for kind in types]
     else:
         flags = [i > 0 for i in range(count)]

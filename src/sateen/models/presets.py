@@ -107,7 +107,35 @@ MIMO_V2_FLASH_TINY: dict[str, Any] = MIMO_V2_FLASH | {
     "vocab_size": 512,
 }
 
+DEMO: dict[str, Any] = MIMO_V2_FLASH | {
+    "hidden_size": 192,
+    "head_dim": 48,
+    "v_head_dim": 32,
+    "swa_head_dim": 48,
+    "swa_v_head_dim": 32,
+    "partial_rotary_factor": 0.667,
+    "attention_value_scale": 1.0,
+    "num_attention_heads": 4,
+    "swa_num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "hybrid_layer_pattern": [1, 1, 1, 0],
+    "moe_layer_freq": [0, 1, 1, 1],
+    "intermediate_size": 512,
+    "moe_intermediate_size": 192,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_theta": 10000,
+    "sliding_window": 63,
+    "sliding_window_size": 63,
+    "max_position_embeddings": 2048,
+    "vocab_size": 1024,
+    "num_nextn_predict_layers": 1,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
+    "demo": DEMO,
     "mimo-7b": MIMO_7B,
     "mimo-7b-tiny": MIMO_7B_TINY,
     "mimo-v2-flash": MIMO_V2_FLASH,

@@ -34,7 +34,9 @@ class Router(nn.Module):
         """Expert ids [T, A], best first."""
         biased = scores_TE.detach() + self.e_score_correction_bias
         # A stable sort, because torch.topk leaves the order of ties open and replay needs it fixed.
-        ids: Tensor = biased.sort(dim=-1, descending=True, stable=True).indices[:, : self.spec.experts_per_token]
+        ids: Tensor = biased.sort(dim=-1, descending=True, stable=True).indices[
+            :, : self.spec.experts_per_token
+        ]
         return ids
 
     def weights(self, scores_TE: Tensor, ids_TA: Tensor) -> Tensor:
@@ -107,7 +109,9 @@ def sequence_balance_loss(scores_TE: Tensor, ids_TA: Tensor, cu_seqlens: Tensor)
     T, E = scores_TE.shape
     A = ids_TA.shape[1]
     lengths = cu_seqlens.diff().long()
-    owner_T = torch.repeat_interleave(torch.arange(len(lengths), device=scores_TE.device), lengths, output_size=T)
+    owner_T = torch.repeat_interleave(
+        torch.arange(len(lengths), device=scores_TE.device), lengths, output_size=T
+    )
     share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     hits_TE = torch.zeros_like(scores_TE).scatter_(1, ids_TA, 1.0)
     zeros_BE = scores_TE.new_zeros(len(lengths), E)

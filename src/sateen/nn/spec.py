@@ -6,9 +6,18 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
+
+
+def _read_only(mapping: dict[str, Any]) -> MappingProxyType[str, Any]:
+    return MappingProxyType(mapping)
+
+
+# Python can neither copy nor pickle read-only mappings; models that hold specs need both.
+copyreg.pickle(MappingProxyType, lambda proxy: (_read_only, (dict(proxy),)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class LayerSpec:
     kv_source: int | None = None
     intermediate_size: int = 0
     moe: MoESpec | None = None
-    options: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    options: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
     @property
     def is_moe(self) -> bool:
@@ -135,4 +144,4 @@ class MTPSpec:
     order: Literal["hidden", "embedding"]
     is_chained: bool
     path: str
-    names: MappingProxyType[str, str]
+    names: MappingProxyType[str, str] = field(hash=False)

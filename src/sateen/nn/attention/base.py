@@ -35,7 +35,9 @@ class Sequences:
     def of_lengths(cls, lengths: list[int], device: torch.device | str | None = None) -> Sequences:
         """Fresh sequences of these lengths, each starting at position 0."""
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.int64)
+        positions = (
+            torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.int64)
+        )
         return cls(offsets.to(device), positions.to(device))
 
     def rotary(self, theta: float, dim: int) -> tuple[Tensor, Tensor]:
@@ -104,8 +106,6 @@ class Attention(nn.Module):
         """What a cache must allocate for a layer of this kind."""
         raise NotImplementedError
 
-    def forward(
-        self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         """The layer's output [T, D]; `x_TD` is already normalised."""
         raise NotImplementedError

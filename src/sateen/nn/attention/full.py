@@ -46,9 +46,7 @@ class FullAttention(Attention, kind="full_attention"):
             v = v * spec.value_scale
         return apply_rotary(q, tables), apply_rotary(k, tables), v
 
-    def forward(
-        self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         q, k, v = self.project(x_TD, seq)
         cu_seqlens_k = seq.cu_seqlens
         if cache is not None:
@@ -72,7 +70,5 @@ class SlidingAttention(FullAttention, kind="sliding_attention"):
     @staticmethod
     def kv_layouts(spec: LayerSpec) -> tuple[KVLayout, ...]:
         return (
-            KVLayout(
-                "ring", spec.num_key_value_heads, spec.head_dim, spec.v_head_dim, window=spec.window
-            ),
+            KVLayout("ring", spec.num_key_value_heads, spec.head_dim, spec.v_head_dim, window=spec.window),
         )

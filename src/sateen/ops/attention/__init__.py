@@ -59,19 +59,21 @@ def attention(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     _check(q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, window, sink_N)
-    out: Tensor | tuple[Tensor, ...] = OP(
-        q_TNH,
-        k_SKH,
-        v_SKV,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
-        window=window,
-        sink_N=sink_N,
-        return_lse=return_lse,
-        block_max=block_max,
-        backend=backend,
-    )
+    # Autocast would lower the matrix products inside the backends; scores and sums are float32 by contract.
+    with torch.autocast(q_TNH.device.type, enabled=False):
+        out: Tensor | tuple[Tensor, ...] = OP(
+            q_TNH,
+            k_SKH,
+            v_SKV,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
+            window=window,
+            sink_N=sink_N,
+            return_lse=return_lse,
+            block_max=block_max,
+            backend=backend,
+        )
     return out
 
 

@@ -68,7 +68,9 @@ def _ungrouped(x: Tensor, span: Span) -> Tensor:
     return x.unflatten(1, (-1, span.q1 - span.q0)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _flash_batch(q: Tensor, k: Tensor, v: Tensor, cu_q: list[int], cu_k: list[int], window: int | None) -> int:
+def _flash_batch(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: list[int], cu_k: list[int], window: int | None
+) -> int:
     """The number of equally long whole sequences that torch's CPU flash kernel can take at once, or 0."""
     batch = len(cu_q) - 1
     if q.device.type != "cpu" or cu_q != cu_k or not batch or q.shape[-1] != v.shape[-1] or not len(q):
@@ -130,7 +132,8 @@ class _Attention(torch.autograd.Function):
         delta = (d_out.float() * out.float()).sum(-1).t()  # [N, T]
         d_sink = None
         if sink is not None:
-            taken = (sink.float()[:, None] - total).exp()
+            # As a sigmoid, because exp(sink - total) is NaN at infinite sinks; -inf twice is an empty row.
+            taken = torch.sigmoid(sink.float()[:, None] - lse).nan_to_num(0.0)
             d_sink = -(taken * delta).sum(-1).to(sink.dtype)
         if batch:
             t = T // batch
@@ -158,7 +161,9 @@ class _Attention(torch.autograd.Function):
             d_scores = d_probs.sub_(row_delta).mul_(probs).mul_(scale)
             keys = k[span.k0 : span.k1].transpose(0, 1).float()
             d_q[span.q0 : span.q1] = _ungrouped(torch.bmm(d_scores, keys), span).to(q.dtype)
-            d_k[span.k0 : span.k1] += torch.bmm(d_scores.transpose(1, 2), _grouped(q, span, K)).transpose(0, 1)
+            d_k[span.k0 : span.k1] += torch.bmm(d_scores.transpose(1, 2), _grouped(q, span, K)).transpose(
+                0, 1
+            )
         return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sink, None, None, None, None
 
 

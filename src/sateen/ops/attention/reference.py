@@ -43,7 +43,9 @@ def attention_reference(
         if window is not None:
             visible &= key > position - window
         scores_NTS = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, -torch.inf)
-        lse_NT = scores_NTS.logsumexp(-1) if length_k else scores_NTS.new_full(scores_NTS.shape[:2], -torch.inf)
+        lse_NT = (
+            scores_NTS.logsumexp(-1) if length_k else scores_NTS.new_full(scores_NTS.shape[:2], -torch.inf)
+        )
         total_NT = lse_NT if sink_N is None else torch.logaddexp(lse_NT, sink_N.to(dtype)[:, None])
         seen = visible.any(-1)
         # Rows without a key would give exp(-inf - -inf); a finite stand-in keeps their gradient at zero.
@@ -51,7 +53,9 @@ def attention_reference(
         outs.append(((scores_NTS - total_NT.unsqueeze(-1)).exp() @ v).transpose(0, 1))
         lses.append(lse_NT.detach().float())
         if block_max:
-            padded = F.pad(scores_NTS.detach().float(), (0, num_blocks * block_max - length_k), value=-torch.inf)
+            padded = F.pad(
+                scores_NTS.detach().float(), (0, num_blocks * block_max - length_k), value=-torch.inf
+            )
             maxima.append(padded.unflatten(-1, (num_blocks, block_max)).amax(-1))
     out = torch.cat(outs).to(q_TNH.dtype) if outs else q_TNH.new_zeros(*q_TNH.shape[:2], v_SKV.shape[2])
     extra = ([torch.cat(lses, 1)] if return_lse else []) + ([torch.cat(maxima, 1)] if block_max else [])

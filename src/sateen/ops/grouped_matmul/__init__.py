@@ -10,9 +10,13 @@ from sateen.ops.op import Op
 
 
 def grouped_matmul_reference(x_TD: Tensor, w_EDF: Tensor, counts_E: Tensor) -> Tensor:
-    """One product per expert; see `grouped_matmul`."""
+    """Each row times its own matrix, summed in float32 at least; see `grouped_matmul`."""
+    kind = x_TD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
     owner_T = torch.repeat_interleave(torch.arange(len(counts_E), device=x_TD.device), counts_E)
-    return torch.einsum("td,tdf->tf", x_TD, w_EDF[owner_T].to(x_TD.dtype))
+    with torch.autocast(kind, enabled=False):
+        return torch.einsum("td,tdf->tf", x_TD.to(wide), w_EDF.to(wide)[owner_T]).to(dtype)
 
 
 OP = Op("grouped_matmul", grouped_matmul_reference)

@@ -1,0 +1,210 @@
+// Attention, forward: blocks of keys with an online softmax (Dao 2023, arXiv 2307.08691, algorithm 1).
+//
+// A task is one key/value head of one sequence and up to kTiles tiles of query rows. Where there are fewer tasks
+// than threads could use (decoding), the keys are split too and the parts are merged afterwards.
+
+#include "attention_rows.h"
+#include "gemm.h"
+
+#include <math.h>
+
+namespace sateen::SATEEN_ISA {
+namespace {
+
+constexpr long kLanes = 32;
+constexpr long kRows = kLanes * kTiles;
+
+// What the online softmax carries from one block of keys to the next, for one tile.
+struct State {
+    float *top, *sum, *out;  // [kLanes] maximum score, [kLanes] sum of 2^(score - top), [V, kLanes] values
+
+    static long size(long V) { return (V + 2) * kLanes; }
+
+    State(float* at) : top(at), sum(at + kLanes), out(at + 2 * kLanes) {}
+
+    void clear(long V) {
+        for (long i = 0; i < kLanes; ++i) top[i] = -kInf, sum[i] = 0.0f;
+        for (long i = 0; i < V * kLanes; ++i) out[i] = 0.0f;
+    }
+};
+
+// Scores [keys, kLanes] become 2^(score - top) in place; `factor` is what earlier sums must be multiplied by.
+template <bool MASKED>
+inline void online_softmax(const Tile& tile, State& state, float* scores, long key, long keys, long lanes, float* factor) {
+    for (long i = 0; i < lanes; i += W) {
+        const vfloat before = load(state.top + i);
+        vfloat top = before;
+        for (long s = 0; s < keys; ++s) {
+            vfloat x = load(scores + s * kLanes + i);
+            if constexpr (MASKED) {
+                x = visible(tile, i, key + s) ? x : splat(-kInf);
+                store(scores + s * kLanes + i, x);
+            }
+            top = maximum(x, top);
+        }
+        // A row that has seen nothing yet subtracts zero: its scores are all -inf and stay 0 after the exponential.
+        const vfloat base = top == splat(-kInf) ? vfloat{} : top;
+        const vfloat shrink = exp2_fast(before - base);
+        vfloat sum = load(state.sum + i) * shrink;
+        for (long s = 0; s < keys; ++s) {
+            const vfloat x = exp2_fast(load(scores + s * kLanes + i) - base);
+            sum += x;
+            store(scores + s * kLanes + i, x);
+        }
+        store(state.top + i, top);
+        store(state.sum + i, sum);
+        store(factor + i, shrink);
+    }
+}
+
+// Folds keys [begin, end) into a tile's state; `q` is [H, kLanes], already times scale * log2(e).
+void attend(const AttentionForward& p, const Tile& tile, State& state, const float* q, long k0, long head, long begin,
+            long end, float* scores) {
+    alignas(64) float factor[kLanes];
+    const long keys = end - begin, lanes = round_up(tile.last - tile.first, W);
+    multiply<false, Into::zero>({p.k.at(k0 + begin, head), p.k.token_stride, q, kLanes, scores, kLanes}, keys, lanes, p.H);
+    if (tile.masked(begin, end))
+        online_softmax<true>(tile, state, scores, begin, keys, lanes, factor);
+    else
+        online_softmax<false>(tile, state, scores, begin, keys, lanes, factor);
+    multiply<true, Into::rescale>({p.v.at(k0 + begin, head), p.v.token_stride, scores, kLanes, state.out, kLanes}, p.V,
+                                  lanes, keys, factor);
+}
+
+// Adds another part of the keys to a state.
+void merge(State& into, const State& part, long V) {
+    for (long i = 0; i < kLanes; i += W) {
+        const vfloat a = load(into.top + i), b = load(part.top + i), top = maximum(a, b);
+        const vfloat base = top == splat(-kInf) ? vfloat{} : top;
+        const vfloat keep = exp2_fast(a - base), take = exp2_fast(b - base);
+        store(into.top + i, top);
+        store(into.sum + i, load(into.sum + i) * keep + load(part.sum + i) * take);
+        for (long c = 0; c < V; ++c) {
+            float* const at = into.out + c * kLanes + i;
+            store(at, load(at) * keep + load(part.out + c * kLanes + i) * take);
+        }
+    }
+}
+
+// Divides by the row sums, applies the sinks, and writes the rows of `out` and `lse`.
+void finish(const AttentionForward& p, const Sequence& s, const Tile& tile, State& state, long head) {
+    const long group = p.N / p.K, used = tile.last - tile.first;
+    alignas(64) float factor[kLanes] = {};
+    float* target[kLanes];
+    for (long i = 0; i < used; ++i) {
+        const long row = tile.first + i, n = head * group + row % group, t = s.q0 + row / group;
+        const float sum = state.sum[i];
+        const float lse = sum == 0.0f ? -kInf : state.top[i] * kLn2 + logf(sum);
+        p.lse[n * p.T + t] = lse;
+        target[i] = p.out + (t * p.N + n) * p.V;
+        if (sum == 0.0f) continue;
+        factor[i] = 1.0f / sum;
+        if (p.sink) factor[i] /= 1.0f + expf(p.sink[n] - lse);
+    }
+    for (long i = 0; i < used; i += W)
+        for (long c = 0; c < p.V; c += W) {
+            const long count = p.V - c < W ? p.V - c : W;
+            vfloat block[W];
+            for (int j = 0; j < W; ++j) block[j] = j < count ? load(state.out + (c + j) * kLanes + i) * load(factor + i) : vfloat{};
+            transpose(block);
+            for (int j = 0; j < W && i + j < used; ++j) {
+                if (count == W) store(target[i + j] + c, block[j]);
+                else store_some(target[i + j] + c, block[j], count);
+            }
+        }
+}
+
+struct Task {
+    long sequence, head, first_row;
+};
+
+// Tasks are numbered from the last rows of a sequence to its first, the longest causal rows first.
+Task find_task(const AttentionForward& p, const long* offsets, long number) {
+    long i = 0;
+    while (offsets[i + 1] <= number) ++i;
+    const long groups = (offsets[i + 1] - offsets[i]) / p.K, local = number - offsets[i];
+    return {i, local % p.K, (groups - 1 - local / p.K) * kRows};
+}
+
+thread_local Scratch scratch;
+
+// One part of the keys for one task. The states go to `states`.
+void run_part(const AttentionForward& p, const Task& task, long part, long parts, float* states, bool is_last) {
+    const Sequence s(p, task.sequence);
+    const long group = p.N / p.K, end_row = s.num_queries * group;
+    float* const q = scratch.take(kTiles * p.H * kLanes + kKeys * kLanes);
+    float* const scores = q + kTiles * p.H * kLanes;
+    Tile tiles[kTiles];
+    long count = 0, low = s.num_keys, high = 0;
+    for (long row = task.first_row; row < end_row && count < kTiles; row += kLanes, ++count) {
+        Tile& tile = tiles[count];
+        tile.place(p, s, row, row + kLanes < end_row ? row + kLanes : end_row, kLanes);
+        State(states + count * State::size(p.V)).clear(p.V);
+        const auto query = [&](long i) { return p.q.at(s.q0 + (row + i) / group, task.head * group + (row + i) % group); };
+        pack_transposed(query, p.H, p.scale * kLog2e, q + count * p.H * kLanes, kLanes, tile.last - row);
+        if (tile.low < low) low = tile.low;
+        if (tile.high > high) high = tile.high;
+    }
+    const long blocks = high > low ? divide_up(high - low, kKeys) : 0;
+    const long from = low + blocks * part / parts * kKeys, to = low + blocks * (part + 1) / parts * kKeys;
+    for (long key = from; key < to; key += kKeys)
+        for (long i = 0; i < count; ++i) {
+            const long begin = key > tiles[i].low ? key : tiles[i].low;
+            const long end = key + kKeys < tiles[i].high ? key + kKeys : tiles[i].high;
+            if (begin >= end) continue;
+            State state(states + i * State::size(p.V));
+            attend(p, tiles[i], state, q + i * p.H * kLanes, s.k0, task.head, begin, end, scores);
+        }
+    if (!is_last) return;
+    for (long i = 0; i < count; ++i) {
+        State state(states + i * State::size(p.V));
+        finish(p, s, tiles[i], state, task.head);
+    }
+}
+
+void merge_parts(const AttentionForward& p, const Task& task, long parts, float* states) {
+    const Sequence s(p, task.sequence);
+    const long end_row = s.num_queries * (p.N / p.K);
+    for (long i = 0, row = task.first_row; i < kTiles && row < end_row; ++i, row += kLanes) {
+        State state(states + i * State::size(p.V));
+        for (long part = 1; part < parts; ++part)
+            merge(state, State(states + (part * kTiles + i) * State::size(p.V)), p.V);
+        Tile tile;
+        tile.place(p, s, row, row + kLanes < end_row ? row + kLanes : end_row, kLanes);
+        finish(p, s, tile, state, task.head);
+    }
+}
+
+thread_local Scratch state_scratch;
+
+}  // namespace
+
+void attention_forward(const AttentionForward& p) {
+    long* const offsets = static_cast<long*>(malloc((p.num_sequences + 1) * sizeof(long)));
+    offsets[0] = 0;
+    long longest = 0;
+    for (long i = 0; i < p.num_sequences; ++i) {
+        const Sequence s(p, i);
+        offsets[i + 1] = offsets[i] + divide_up(s.num_queries * (p.N / p.K), kRows) * p.K;
+        if (s.num_queries && s.num_keys > longest) longest = s.num_keys;
+    }
+    const long tasks = offsets[p.num_sequences], task_size = kTiles * State::size(p.V);
+    // Two parts per thread even out; a part of fewer than 256 keys costs more to merge than it saves.
+    long parts = p.num_threads > 1 && tasks ? divide_up(2 * p.num_threads, tasks) : 1;
+    if (tasks >= p.num_threads) parts = 1;
+    if (parts > divide_up(longest, 256)) parts = longest ? divide_up(longest, 256) : 1;
+    float* const shared = parts > 1 ? state_scratch.take(tasks * parts * task_size) : nullptr;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.num_threads) if (p.num_threads > 1)
+    for (long i = 0; i < tasks * parts; ++i) {
+        float* const states = shared ? shared + i * task_size : state_scratch.take(task_size);
+        run_part(p, find_task(p, offsets, i / parts), i % parts, parts, states, parts == 1);
+    }
+    if (parts > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.num_threads) if (p.num_threads > 1)
+        for (long i = 0; i < tasks; ++i)
+            merge_parts(p, find_task(p, offsets, i), parts, shared + i * parts * task_size);
+    }
+    free(offsets);
+}
+
+}  // namespace sateen::SATEEN_ISA

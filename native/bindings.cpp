@@ -1,0 +1,107 @@
+// The Python face of the kernels: `sateen._native`. Arrays come in through DLPack, so no torch headers and no
+// particular torch are needed; the GIL is released while a kernel runs.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "attention.h"
+#include "isa.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Array3 = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+using Array2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Array1 = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Dense3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Dense2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Dense1 = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Offsets = nb::ndarray<const int, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+sateen::Rows rows(const Array3& x) {
+    require(x.stride(2) == 1 || x.shape(2) <= 1, "channels must be contiguous");
+    return {x.data(), long(x.stride(0)), long(x.stride(1))};
+}
+
+bool has_shape(const auto& x, size_t a, size_t b, size_t c) {
+    return x.shape(0) == a && x.shape(1) == b && x.shape(2) == c;
+}
+
+void require_offsets(const Offsets& cu, size_t end) {
+    require(cu.shape(0) >= 1 && cu.data()[0] == 0, "offsets start at 0");
+    for (size_t i = 1; i < cu.shape(0); ++i) require(cu.data()[i] >= cu.data()[i - 1], "offsets do not decrease");
+    require(size_t(cu.data()[cu.shape(0) - 1]) == end, "offsets end at the number of tokens");
+}
+
+void fill(sateen::AttentionShape& p, const Array3& q, const Array3& k, const Array3& v, const Offsets& cu_q,
+          const Offsets& cu_k, const std::optional<Array1>& sink, double scale, long window, int num_threads) {
+    p.q = rows(q), p.k = rows(k), p.v = rows(v);
+    p.T = long(q.shape(0)), p.N = long(q.shape(1)), p.H = long(q.shape(2));
+    p.S = long(k.shape(0)), p.K = long(k.shape(1)), p.V = long(v.shape(2));
+    require(p.K > 0 && p.N % p.K == 0, "the key/value heads divide the query heads");
+    require(has_shape(k, p.S, p.K, p.H) && has_shape(v, p.S, p.K, p.V), "q, k and v have one shape each way");
+    require(cu_q.shape(0) == cu_k.shape(0), "queries and keys have the same number of sequences");
+    require_offsets(cu_q, p.T);
+    require_offsets(cu_k, p.S);
+    require(!sink || sink->shape(0) == size_t(p.N), "one sink per query head");
+    require(num_threads > 0, "at least one thread");
+    p.cu_q = cu_q.data(), p.cu_k = cu_k.data(), p.num_sequences = long(cu_q.shape(0)) - 1;
+    p.sink = sink ? sink->data() : nullptr;
+    p.scale = float(scale), p.window = window > 0 ? window : 0, p.num_threads = num_threads;
+}
+
+void attention_forward(const Array3& q, const Array3& k, const Array3& v, const Offsets& cu_q, const Offsets& cu_k,
+                       const std::optional<Array1>& sink, double scale, long window, int num_threads, Dense3& out,
+                       Dense2& lse) {
+    sateen::AttentionForward p;
+    fill(p, q, k, v, cu_q, cu_k, sink, scale, window, num_threads);
+    require(has_shape(out, p.T, p.N, p.V), "out is [T, N, V]");
+    require(lse.shape(0) == size_t(p.N) && lse.shape(1) == size_t(p.T), "lse is [N, T]");
+    p.out = out.data(), p.lse = lse.data();
+    nb::gil_scoped_release release;
+    SATEEN_DISPATCH(attention_forward, p);
+}
+
+void attention_backward(const Array3& d_out, const Array3& q, const Array3& k, const Array3& v, const Offsets& cu_q,
+                        const Offsets& cu_k, const std::optional<Array1>& sink, const Array3& out, const Array2& lse,
+                        double scale, long window, int num_threads, Dense3& d_q, Dense3& d_k, Dense3& d_v,
+                        Dense1& d_sink) {
+    sateen::AttentionBackward p;
+    fill(p, q, k, v, cu_q, cu_k, sink, scale, window, num_threads);
+    const sateen::Rows out_rows = rows(out);
+    require(has_shape(d_out, p.T, p.N, p.V) && has_shape(out, p.T, p.N, p.V), "out and d_out are [T, N, V]");
+    require(p.T == 0 || (out_rows.token_stride == p.N * p.V && (p.N == 1 || out_rows.head_stride == p.V)), "out is contiguous");
+    require(lse.shape(0) == size_t(p.N) && lse.shape(1) == size_t(p.T), "lse is [N, T]");
+    require(has_shape(d_q, p.T, p.N, p.H) && has_shape(d_k, p.S, p.K, p.H) && has_shape(d_v, p.S, p.K, p.V),
+            "gradients have the shapes of q, k and v");
+    require(d_sink.shape(0) == (sink ? size_t(p.N) : 0), "d_sink is [N] with sinks and empty without");
+    p.d_out = rows(d_out), p.out = out.data(), p.lse = lse.data();
+    p.d_q = d_q.data(), p.d_k = d_k.data(), p.d_v = d_v.data(), p.d_sink = sink ? d_sink.data() : nullptr;
+    nb::gil_scoped_release release;
+    SATEEN_DISPATCH(attention_backward, p);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Sateen's compiled CPU kernels; use them through sateen.ops.";
+    m.def("select_isa", [](const std::string& name) { return std::string(sateen::isa_name(sateen::select_isa(name))); },
+          nb::arg("name"), "Sets the instruction set by name, the best one when empty; returns its name.");
+    m.def("attention_forward", &attention_forward, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("cu_q"),
+          nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("scale"), nb::arg("window"), nb::arg("num_threads"),
+          nb::arg("out"), nb::arg("lse"));
+    m.def("attention_backward", &attention_backward, nb::arg("d_out"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
+          nb::arg("cu_q"), nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("out"), nb::arg("lse"), nb::arg("scale"),
+          nb::arg("window"), nb::arg("num_threads"), nb::arg("d_q"), nb::arg("d_k"), nb::arg("d_v"), nb::arg("d_sink"));
+}

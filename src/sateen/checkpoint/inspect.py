@@ -1,0 +1,146 @@
+"""`sateen inspect MODEL`: what a preset or a directory holds, without reading a weight.
+
+A directory's tensor names and shapes are checked against its config on the way, so a broken one is refused
+here as it would be at loading.
+"""
+
+from __future__ import annotations
+
+import json as codec
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sateen.checkpoint.hf import load_model, open_shard, shards
+from sateen.models.inspect import describe
+
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+def main(model: str, *, context: Sequence[int] = (), kv_dtype: str = "auto", json: bool = False) -> int:
+    """Prints the description and returns the exit code.
+
+    Args:
+        model: what `load_model` takes.
+        context: tokens per sequence to size the cache for; a few usual ones when empty.
+        kv_dtype: fp32, bf16, fp16, fp8, int8, or auto for the config's dtype.
+        json: print JSON.
+    """
+    found = inspect(model, context=context, kv_dtype=kv_dtype)
+    print(codec.dumps(found, indent=2) if json else "\n".join(lines(found)))
+    return 0
+
+
+def inspect(model: str | Path, *, context: Sequence[int] = (), kv_dtype: str = "auto") -> dict[str, Any]:
+    """`models.inspect.describe` plus `weight_bytes`: dtype -> bytes as stored (presets: as float32)."""
+    built = load_model(model, device="meta")
+    if built.source is None:
+        tensors = {id(tensor): tensor for tensor in built.state_dict(keep_vars=True).values()}
+        weights = {"F32": sum(tensor.numel() for tensor in tensors.values()) * ELEMENT_BYTES["F32"]}
+    else:
+        weights = stored_bytes(built.source)
+    found = describe(built, contexts=context, kv_dtype=kv_dtype)
+    return {"model": str(model)} | found | {"weight_bytes": weights}
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of a directory's tensors by their stored dtype, from the headers of its files."""
+    total: dict[str, int] = {}
+    homes = shards(folder)
+    for file in sorted(set(homes.values())):
+        with open_shard(file) as shard:
+            for name in (key for key, home in homes.items() if home == file):
+                part = shard.get_slice(name)
+                size = math.prod(part.get_shape()) * ELEMENT_BYTES[part.get_dtype()]
+                total[part.get_dtype()] = total.get(part.get_dtype(), 0) + size
+    return total
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The description as text."""
+    counts, weights = found["parameters"], found["weight_bytes"]
+    kinds = ", ".join(f"{_bytes(size)} {dtype}" for dtype, size in weights.items())
+    out = [
+        f"{found['model']}: {found['model_type']}, {found['num_hidden_layers']} layers, hidden size "
+        f"{found['hidden_size']}, vocabulary {found['vocab_size']}, "
+        f"up to {found['max_position_embeddings']} tokens",
+        "",
+        *_table(
+            [
+                "layers",
+                "count",
+                "attention",
+                "q/kv heads",
+                "qk/v dims",
+                "window",
+                "sink",
+                "base",
+                "rotary",
+                "mlp",
+            ],
+            [[row["layers"], str(row["count"]), *_layer_cells(row)] for row in _layer_rows(found)],
+        ),
+        "",
+        f"parameters  {_billions(counts['total'])}, of which {_billions(counts['active'])} active per token"
+        + (f"; MTP heads {_billions(counts['mtp'])}" if counts["mtp"] else ""),
+        f"weights     {_bytes(sum(weights.values()))} ({kinds})",
+        "",
+        f"cache of one sequence in {found['kv_dtype']}; a ring layer holds its window and no more",
+        *_table(
+            ["layer kind", "layers", "per cached token and layer"],
+            [
+                [row["layer_kind"], str(row["num_layers"]), _bytes(row["bytes"])]
+                for row in found["kv_bytes_per_token"]
+            ],
+        ),
+        *_table(
+            ["context", "trunk", "MTP heads", "all layers full", "ratio"],
+            [
+                [
+                    str(row["context"]),
+                    _bytes(row["bytes"]),
+                    _bytes(row["mtp_bytes"]),
+                    "-" if row["all_full_bytes"] is None else _bytes(row["all_full_bytes"]),
+                    "-" if row["ratio"] is None else f"{row['ratio']:.2f}x",
+                ]
+                for row in found["kv"]
+            ],
+        ),
+    ]
+    return out + (["", *(f"note: {trap}" for trap in found["traps"])] if found["traps"] else [])
+
+
+def _layer_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    heads = [found["mtp"] | {"layers": "MTP", "count": found["mtp"]["num_heads"]}] if found["mtp"] else []
+    return [*found["layers"], *heads]
+
+
+def _layer_cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["attention"],
+        f"{row['num_attention_heads']}/{row['num_key_value_heads']}",
+        f"{row['head_dim']}/{row['v_head_dim']}",
+        "-" if row["window"] is None else str(row["window"]),
+        "yes" if row["has_sink"] else "-",
+        f"{row['rope_theta']:g}",
+        str(row["rotary_dim"]),
+        row["mlp"],
+    ]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *rows])
+    return ["  ".join(cells).rstrip() for cells in padded]
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+
+
+def _bytes(size: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**power:
+            return f"{size / 2**power:.2f} {unit}"
+    return f"{size} B"

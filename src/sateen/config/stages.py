@@ -1,0 +1,208 @@
+"""The stages of a run: their settings, the table of their functions and what a function is given.
+
+A new stage is a settings class and a row in `STAGES`. Its function lives in a room above and is imported when
+the run reaches it; the runner knows no stage by name.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+
+from pydantic import Field, model_validator
+
+from sateen.config.base import Config, Count, NonNegative, Positive, one_of, problem
+from sateen.config.optim import (
+    AdamWConfig,
+    ConstantSchedule,
+    CosineSchedule,
+    LossesConfig,
+    MuonConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    WSDSchedule,
+)
+
+if TYPE_CHECKING:
+    from sateen.config.run import RunConfig
+
+
+class StageConfig(Config):
+    """What every training stage has; defaults marked ours are starting points for small models.
+
+    Attributes:
+        stage: which stage this is, a key of `STAGES`.
+        tokens: budget, counted over all sources.
+        seq_len: longest sequence, in tokens (source: ours).
+        tokens_per_batch: tokens of one optimizer step (source: ours).
+        micro_batches: parts a batch is split into to save memory; changes no result beyond rounding.
+        sources: data source -> weight; all sources with their own weights when empty.
+        optimizer, schedule, losses: see those classes.
+        checkpoint_every_tokens: tokens between checkpoints; 0 for one at the end.
+        eval_every_tokens: tokens between evaluations on held-out text; 0 for one at the end.
+        keep_checkpoints: newest checkpoints that stay on disk.
+        compile: run the model through torch.compile.
+    """
+
+    choice: ClassVar[str | None] = "stage"
+    stage: str
+    tokens: Positive
+    seq_len: Positive = 512
+    tokens_per_batch: Positive = 8192
+    micro_batches: Positive = 1
+    sources: dict[str, NonNegative] = Field(default_factory=dict)
+    optimizer: OptimizerConfig = AdamWConfig()
+    schedule: ScheduleConfig = ConstantSchedule()
+    losses: LossesConfig = LossesConfig()
+    checkpoint_every_tokens: Count = 0
+    eval_every_tokens: Count = 0
+    keep_checkpoints: Positive = 2
+    compile: bool = False
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        return self.tokens_per_batch // self.micro_batches
+
+    @model_validator(mode="after")
+    def _fits(self) -> StageConfig:
+        if self.tokens_per_batch % self.micro_batches:
+            raise problem(
+                f"= {self.tokens_per_batch} is not a multiple of micro_batches = {self.micro_batches}",
+                "tokens_per_batch",
+            )
+        if self.tokens_per_micro_batch < self.seq_len:
+            raise problem(
+                f"= {self.seq_len} does not fit into a micro-batch of {self.tokens_per_micro_batch} tokens; "
+                "raise tokens_per_batch or lower micro_batches",
+                "seq_len",
+            )
+        decay = self.schedule.decay_tokens if isinstance(self.schedule, WSDSchedule) else 0
+        if self.schedule.warmup_tokens + decay > self.tokens:
+            raise problem(
+                f"warms up for {self.schedule.warmup_tokens} and decays for {decay} tokens, "
+                f"which is more than the stage's {self.tokens}",
+                "schedule",
+            )
+        return self
+
+
+class PretrainConfig(StageConfig):
+    """Next-token training on text. Optimizer and schedule defaults are ours."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    optimizer: OptimizerConfig = MuonConfig()
+    schedule: ScheduleConfig = CosineSchedule()
+
+
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on conversations, with the loss on the assistant's tokens.
+
+    Rate and schedule are those of MiMo-7B §3.1, router and balance settings those of MiMo-V2-Flash §4.2; the
+    MTP weight is ours.
+    """
+
+    stage: Literal["sft"] = "sft"
+    optimizer: OptimizerConfig = AdamWConfig(learning_rate=3e-5)
+    losses: LossesConfig = LossesConfig(mtp_weight=0.1, balance_weight=1e-6, router_bias_update_rate=1e-4)
+
+
+class MTPConfig(StageConfig):
+    """Adds MTP heads by copying the first and trains them; the trunk does not move.
+
+    Rate and schedule are ours (MiMo-7B §2.2 and MiMo-V2-Flash §2.3.2 leave them open).
+
+    Attributes:
+        num_heads: heads afterwards.
+        train: `new` trains the added heads only (MiMo-7B §2.2), `all` trains all of them jointly
+            (MiMo-V2-Flash §2.3.2).
+    """
+
+    stage: Literal["mtp"] = "mtp"
+    num_heads: Positive = 3
+    train: Literal["all", "new"] = "all"
+    optimizer: OptimizerConfig = AdamWConfig(learning_rate=5e-5)
+    schedule: ScheduleConfig = CosineSchedule()
+    losses: LossesConfig = LossesConfig(
+        mtp_weight=1.0,
+        balance_weight=0.0,
+        router_bias_update_rate=0.0,
+        detach_trunk=True,
+        detach_head=True,
+    )
+
+
+class Stage(NamedTuple):
+    """A row of `STAGES`: the function as `module:function`, and its settings class."""
+
+    function: str
+    config: type[StageConfig]
+
+
+STAGES: dict[str, Stage] = {
+    "pretrain": Stage("sateen.train.pretrain:pretrain", PretrainConfig),
+    "sft": Stage("sateen.train.sft:sft", SFTConfig),
+    "mtp": Stage("sateen.train.mtp:mtp", MTPConfig),
+}
+
+
+def _classes() -> dict[str, type[StageConfig]]:
+    return {name: stage.config for name, stage in STAGES.items()}
+
+
+AnyStage = Annotated[StageConfig, one_of("stage", _classes)]
+
+
+class Progress(Protocol):
+    """Where a stage tells a person how far it is; results go into the run folder, never through here."""
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Opens a bar of `total` tokens, `done` of them from an earlier process."""
+
+    def update(self, done: int, **values: float) -> None:
+        """Moves the bar to `done` tokens and shows the newest values, for example `loss=2.31`."""
+
+    def note(self, text: str) -> None:
+        """One line of talk."""
+
+    def stop(self) -> None:
+        """Closes the bar."""
+
+
+class Silent:
+    """A `Progress` that says nothing, for tests and library use."""
+
+    def start(self, what: str, total: int, done: int = 0) -> None: ...
+
+    def update(self, done: int, **values: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage's function is given.
+
+    Attributes:
+        config: the whole run.
+        stage: this stage's settings, an instance of the class in `STAGES`.
+        stage_index: its position in `config.stages`.
+        folder: the run folder; exists and belongs to this process.
+        progress: where to report to the person who waits.
+    """
+
+    config: RunConfig
+    stage: StageConfig
+    stage_index: int
+    folder: Path
+    progress: Progress
+
+
+def stage_function(name: str) -> Callable[[StageContext], None]:
+    """The function of a stage, importing its room."""
+    function: Any = pkgutil.resolve_name(STAGES[name].function)
+    return function  # type: ignore[no-any-return]

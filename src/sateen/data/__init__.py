@@ -1,0 +1,1 @@
+"""Text, tokenizers, tasks and chats on their way into packed batches."""

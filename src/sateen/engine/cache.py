@@ -1,0 +1,208 @@
+"""Key/value caches allocated from `config.kv_layouts()`: pages that grow, rings that do not, shared rows.
+
+`KVCache` owns the memory and knows who has which rows; `ForwardCache` is one forward's view of it. Shape
+letters: R rows of a pool, K key/value heads, H and V head sizes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sateen.engine.forward_cache import ForwardCache
+from sateen.nn.spec import KVLayout
+
+PAGE = 64  # tokens per page
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class CacheEntry:
+    """One sequence's place in the caches.
+
+    Attributes:
+        slot: its ring in every ring layer.
+        pages: its pages, the same ones in every paged layer.
+        length: rows in the trunk's layers.
+        head_length: rows in the layers of the MTP heads.
+        rows: the paged row of each position that the pages cover.
+    """
+
+    slot: int
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+    head_length: int = 0
+    rows: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+class Pool(NamedTuple):
+    """The memory of one layer's layout; `ring_rows` is 0 for pages."""
+
+    layout: KVLayout
+    k_RKH: Tensor
+    v_RKV: Tensor
+    ring_rows: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.k_RKH.nbytes + self.v_RKV.nbytes
+
+
+class KVCache:
+    """Pools for every layer, and the pages and ring slots that are free.
+
+    Attributes:
+        num_pages: pages of `PAGE` tokens in each paged layer.
+        num_slots: sequences that fit at once.
+        num_draft: rejected tokens a ring must survive, per sequence.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[tuple[KVLayout, ...]],
+        *,
+        num_trunk_layers: int,
+        num_pages: int,
+        num_slots: int,
+        max_model_len: int,
+        num_draft: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.layouts = tuple(layouts)
+        self.num_trunk_layers = num_trunk_layers
+        self.num_pages = num_pages
+        self.num_slots = num_slots
+        self.num_draft = num_draft
+        self.max_model_len = max_model_len
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.pools: dict[tuple[int, str], Pool] = {}
+        self.sources: dict[tuple[int, str], int] = {}
+        for index, group in enumerate(self.layouts):
+            for layout in group:
+                if layout.kind == "shared":
+                    assert layout.source is not None
+                    self.sources[index, layout.name] = layout.source
+                else:
+                    self.pools[index, layout.name] = self._pool(index, layout)
+        self._free_pages = list(range(num_pages))  # a heap: low pages first keeps a lone sequence contiguous
+        self._free_slots = list(range(num_slots))
+
+    def _ring_rows(self, index: int, layout: KVLayout) -> int:
+        # A head's round writes up to 2 * num_draft rows: the accepted ones and those it must redo.
+        draft = self.num_draft * (2 if index >= self.num_trunk_layers else 1)
+        return layout.rows(self.max_model_len, draft)
+
+    def _pool(self, index: int, layout: KVLayout) -> Pool:
+        ring = self._ring_rows(index, layout) if layout.kind == "ring" else 0
+        rows = self.num_slots * ring if ring else self.num_pages * PAGE
+        shape = rows, layout.num_kv_heads
+        k = torch.zeros(*shape, layout.head_dim, dtype=self.dtype, device=self.device)
+        return Pool(
+            layout, k, torch.zeros(*shape, layout.v_head_dim, dtype=self.dtype, device=self.device), ring
+        )
+
+    @property
+    def has_pages(self) -> bool:
+        """Some layer keeps all rows, so contexts take pages."""
+        return any(pool.ring_rows == 0 for pool in self.pools.values())
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free_pages)
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def pages_for(self, length: int) -> int:
+        """Pages that a sequence of `length` tokens takes."""
+        return -(-length // PAGE) if self.has_pages else 0
+
+    def open(self) -> CacheEntry:
+        """A place for a new sequence; the caller made sure that a slot is free."""
+        return CacheEntry(heapq.heappop(self._free_slots))
+
+    def reserve(self, entry: CacheEntry, length: int) -> bool:
+        """Takes the pages that `length` tokens need; False, and nothing changes, when too few are free."""
+        missing = self.pages_for(length) - len(entry.pages)
+        if missing > len(self._free_pages):
+            return False
+        if missing > 0:
+            new = [heapq.heappop(self._free_pages) for _ in range(missing)]
+            entry.pages += new
+            rows = (np.asarray(new, dtype=np.int64)[:, None] * PAGE + np.arange(PAGE)).ravel()
+            entry.rows = np.concatenate([entry.rows, rows])
+        return True
+
+    def truncate(self, entry: CacheEntry, length: int) -> None:
+        """Forgets the trunk's rows from `length` on and gives back pages without rows.
+
+        Rings stay correct down to `num_draft` rows below the longest that the sequence has been.
+        """
+        assert length <= entry.length
+        entry.length = length
+        keep = self.pages_for(length)
+        for page in entry.pages[keep:]:
+            heapq.heappush(self._free_pages, page)
+        del entry.pages[keep:]
+        entry.rows = entry.rows[: keep * PAGE]
+
+    def free(self, entry: CacheEntry) -> None:
+        """Gives back everything a sequence holds; the entry is empty afterwards."""
+        entry.length = entry.head_length = 0
+        self.truncate(entry, 0)
+        heapq.heappush(self._free_slots, entry.slot)
+        entry.slot = -1
+
+    def forward(
+        self, entries: Sequence[CacheEntry], counts: Sequence[int], *, heads: bool = False
+    ) -> ForwardCache:
+        """The view for one forward that appends `counts[i]` rows to sequence i, in the trunk or in the heads.
+
+        Lengths are advanced here; pages must have been reserved.
+        """
+        starts = [e.head_length if heads else e.length for e in entries]
+        for entry, start, count in zip(entries, starts, counts, strict=True):
+            if heads:
+                entry.head_length = start + count
+            else:
+                entry.length = start + count
+        return ForwardCache(self, entries, starts, list(counts))
+
+    def allocated_bytes(self) -> dict[str, int]:
+        """Bytes of the pools per kind of layout, `paged` and `ring`."""
+        total = {"paged": 0, "ring": 0}
+        for pool in self.pools.values():
+            total[pool.layout.kind] += pool.num_bytes
+        return total
+
+    def allocated_bytes_by_layer(self) -> list[int]:
+        """Bytes of the pools of each layer, MTP heads after the trunk; 0 for layers that share."""
+        total = [0] * len(self.layouts)
+        for (index, _), pool in self.pools.items():
+            total[index] += pool.num_bytes
+        return total
+
+    def kv_bytes(self, context: int) -> dict[str, int]:
+        """Bytes of one sequence of `context` tokens per kind of layout: whole pages, whole rings."""
+        total = {"paged": 0, "ring": 0}
+        for pool in self.pools.values():
+            rows = pool.ring_rows or self.pages_for(context) * PAGE
+            total[pool.layout.kind] += rows * pool.layout.row_elements * self.dtype.itemsize
+        return total
+
+
+def page_bytes(layouts: Sequence[tuple[KVLayout, ...]], dtype: torch.dtype) -> int:
+    """Bytes of one page over all paged layers."""
+    elements = sum(layout.row_elements for group in layouts for layout in group if layout.kind == "paged")
+    return PAGE * elements * dtype.itemsize

@@ -1,0 +1,77 @@
+"""Token ids to text while they arrive: whole characters only, and stop strings across token borders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+CONTEXT = 4  # prompt tokens decoded along, because some tokenizers drop the first token's leading space
+
+
+class TextTokenizer(Protocol):
+    """What the engine needs of a tokenizer; `sateen.data.tokenizer.Tokenizer` has it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
+
+
+class Detokenizer:
+    """The growing text of one request.
+
+    Attributes:
+        text: what is decoded so far, cut before a stop string.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._hold = max((len(s) for s in stop), default=1) - 1
+        self._ids = list(prompt_ids[-CONTEXT:])
+        self._begin = 0  # ids before this one have left
+        self._shown = len(self._ids)  # ids from `_begin` up to here are in `text`
+        self._is_final = False
+
+    def push(self, token: int) -> str | None:
+        """Adds a token; returns the stop string that now stands in the text, if one does."""
+        self._ids.append(token)
+        # Decoding a little context before the new token and cutting it off again keeps bytes that make a
+        # character only together, and spaces that depend on the token before.
+        before = self._decode(self._ids[self._begin : self._shown])
+        after = self._decode(self._ids[self._begin :])
+        if len(after) <= len(before) or after.endswith("\ufffd"):
+            return None
+        return self._add(after[len(before) :])
+
+    def finish(self) -> None:
+        """Adds what an unfinished character left behind; nothing is held back afterwards."""
+        if not self._is_final and self._shown < len(self._ids):
+            before = self._decode(self._ids[self._begin : self._shown])
+            self._add(self._decode(self._ids[self._begin :])[len(before) :])
+        self._is_final = True
+
+    def sendable(self) -> int:
+        """Characters of `text` that no stop string can take back."""
+        return len(self.text) if self._is_final else max(0, len(self.text) - self._hold)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=True)
+
+    def _add(self, piece: str) -> str | None:
+        search_from = max(0, len(self.text) - self._hold)
+        self.text += piece
+        self._begin, self._shown = self._shown, len(self._ids)
+        hits = [(at, s) for s in self._stop if (at := self.text.find(s, search_from)) >= 0]
+        if not hits:
+            return None
+        at, found = min(hits)
+        self.text = self.text[:at]
+        self._is_final = True
+        return found

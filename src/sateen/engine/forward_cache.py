@@ -1,0 +1,143 @@
+"""One forward's view of the caches: which rows are written and read, computed once per kind of layout.
+
+Every layer of the forward shares the index tensors. Shape letters: T new tokens, S visible rows, B sequences,
+K key/value heads, H and V head sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sateen.engine.cache import CacheEntry, KVCache, Pool
+
+
+class RowIndex(NamedTuple):
+    """Which rows one kind of layout writes and reads in a forward.
+
+    Attributes:
+        write: pool rows for the new tokens.
+        read: pool rows that are visible, or a range when they are consecutive.
+        cu_seqlens_k: int32 [B + 1].
+        order: None when new rows are written before reading; otherwise the old rows in `read` and the new
+            ones are joined and put in this order, because the new ones do not all fit the ring.
+        keep: with `order`, the new tokens that are written.
+    """
+
+    write: Tensor
+    read: Tensor | slice
+    cu_seqlens_k: Tensor
+    order: Tensor | None = None
+    keep: Tensor | None = None
+
+
+class ForwardCache:
+    """One forward's view of a `KVCache`; implements `models.decoder.Cache`."""
+
+    def __init__(self, cache: KVCache, entries: Sequence[CacheEntry], starts: list[int], counts: list[int]):
+        self.cache = cache
+        self.entries, self.starts, self.counts = entries, starts, counts
+        self._index: dict[tuple[int, int], RowIndex] = {}
+        self._published: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
+        self._wanted = set(cache.sources.values())
+
+    def layer(self, index: int) -> LayerView:
+        return LayerView(self, index)
+
+    def extend(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pool = self.cache.pools[index, name]
+        rows = self._rows(pool)
+        k = _extend(pool.k_RKH, k_TKH, rows)
+        v = _extend(pool.v_RKV, v_TKV, rows)
+        if index in self._wanted:
+            self._published[index, name] = k, v, rows.cu_seqlens_k
+        return k, v, rows.cu_seqlens_k
+
+    def read(self, index: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self._published[self.cache.sources[index, name], name]
+
+    def _rows(self, pool: Pool) -> RowIndex:
+        key = (pool.layout.window or 0, pool.ring_rows) if pool.ring_rows else (0, 0)
+        found = self._index.get(key)
+        if found is None:
+            found = self._index[key] = self._ring_index(*key) if pool.ring_rows else self._page_index()
+        return found
+
+    def _page_index(self) -> RowIndex:
+        spans = list(zip(self.entries, self.starts, self.counts, strict=True))
+        write = np.concatenate([e.rows[start : start + n] for e, start, n in spans])
+        read = np.concatenate([e.rows[: start + n] for e, start, n in spans])
+        assert len(write) == sum(self.counts), "rows were not reserved"
+        return RowIndex(self._tensor(write), self._compact(read), self._offsets([s + n for _, s, n in spans]))
+
+    def _ring_index(self, window: int, ring: int) -> RowIndex:
+        olds = [min(start, window - 1) for start in self.starts]
+        offsets = self._offsets([old + n for old, n in zip(olds, self.counts, strict=True)])
+        spans = list(zip((e.slot * ring for e in self.entries), self.starts, self.counts, olds, strict=True))
+        if max(self.counts) <= ring - window + 1:
+            write = np.concatenate([base + np.arange(start, start + n) % ring for base, start, n, _ in spans])
+            read = np.concatenate(
+                [base + np.arange(start - old, start + n) % ring for base, start, n, old in spans]
+            )
+            return RowIndex(self._tensor(write), self._tensor(read), offsets)
+        read = np.concatenate([base + np.arange(start - old, start) % ring for base, start, _, old in spans])
+        write_parts, keep_parts, order_parts = [], [], []
+        old_at, new_at = 0, len(read)
+        for base, start, n, old in spans:
+            kept = min(n, ring)
+            write_parts.append(base + np.arange(start + n - kept, start + n) % ring)
+            keep_parts.append(np.arange(n - kept, n) + (new_at - len(read)))
+            order_parts += [np.arange(old_at, old_at + old), np.arange(new_at, new_at + n)]
+            old_at, new_at = old_at + old, new_at + n
+        write, keep, order = (np.concatenate(parts) for parts in (write_parts, keep_parts, order_parts))
+        return RowIndex(
+            self._tensor(write), self._tensor(read), offsets, self._tensor(order), self._tensor(keep)
+        )
+
+    def _tensor(self, rows: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(rows).to(self.cache.device)
+
+    def _compact(self, rows: NDArray[np.int64]) -> Tensor | slice:
+        """A range instead of an index where the rows are consecutive: reading is then free."""
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
+            return slice(first, last + 1)
+        return self._tensor(rows)
+
+    def _offsets(self, lengths: list[int]) -> Tensor:
+        return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(self.cache.device)
+
+
+class LayerView:
+    """One layer of a `ForwardCache`; implements `nn.attention.LayerCache`."""
+
+    __slots__ = ("_forward", "_index")
+
+    def __init__(self, forward: ForwardCache, index: int):
+        self._forward, self._index = forward, index
+
+    def extend(self, k_TKH: Tensor, v_TKV: Tensor, name: str = "kv") -> tuple[Tensor, Tensor, Tensor]:
+        return self._forward.extend(self._index, name, k_TKH, v_TKV)
+
+    def read(self, name: str = "kv") -> tuple[Tensor, Tensor, Tensor]:
+        return self._forward.read(self._index, name)
+
+
+def _extend(pool: Tensor, new: Tensor, rows: RowIndex) -> Tensor:
+    """Writes the new rows and returns the visible ones in the dtype of `new`, rounded as the pool rounds."""
+    stored = new.to(pool.dtype)
+    if rows.order is None:
+        pool.index_copy_(0, rows.write, stored)
+        seen = pool[rows.read] if isinstance(rows.read, slice) else pool.index_select(0, rows.read)
+        return seen.to(new.dtype)
+    assert isinstance(rows.read, Tensor)
+    assert rows.keep is not None
+    seen = torch.cat([pool.index_select(0, rows.read), stored]).index_select(0, rows.order)
+    pool.index_copy_(0, rows.write, stored.index_select(0, rows.keep))
+    return seen.to(new.dtype)

@@ -1,0 +1,99 @@
+"""A request inside the engine: what the scheduler and the runner move forward, and what leaves at the end.
+
+Shape letters: J draft tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sateen.engine.cache import CacheEntry
+from sateen.engine.detokenizer import Detokenizer
+from sateen.engine.request import CompletionOutput, DraftStats, Logprob, RequestOutput, SamplingParams
+
+
+@dataclass(eq=False)
+class Request:
+    """A request inside the engine; see `RequestOutput` for what leaves.
+
+    Attributes:
+        tokens: prompt and generated tokens; the last one is usually not in the trunk's cache yet.
+        num_prompt: how many of them are the prompt's.
+        max_new: tokens it may generate, by `max_tokens` and by the context.
+        stop_ids: tokens that end it.
+        generator: its random numbers, on the CPU; None when greedy.
+        detokenizer: its text; None without a tokenizer.
+        entry: its rows in the caches; None while waiting.
+        drafts: tokens guessed to follow `tokens`.
+        draft_probs: the distributions they were drawn from [J, V]; None when greedy.
+        logprobs: as in `CompletionOutput`.
+        weights_version: of its first token.
+    """
+
+    request_id: int
+    params: SamplingParams
+    tokens: list[int]
+    num_prompt: int
+    max_new: int
+    weights_version: int = 0
+    prompt: str | None = None
+    stop_ids: frozenset[int] = frozenset()
+    generator: torch.Generator | None = None
+    detokenizer: Detokenizer | None = None
+    entry: CacheEntry | None = None
+    drafts: list[int] = field(default_factory=list)
+    draft_probs: Tensor | None = None
+    draft: DraftStats = field(default_factory=DraftStats)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    stream_tokens: int = 0
+    stream_text: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still generate."""
+        return self.max_new - self.num_generated
+
+    def emit(self, new_tokens: list[int], logprobs: list[dict[int, Logprob]]) -> int:
+        """Appends new tokens up to the first that ends the request; returns how many were taken."""
+        for taken, token in enumerate(new_tokens, 1):
+            self.tokens.append(token)
+            if self.params.logprobs is not None:
+                self.logprobs.append(logprobs[taken - 1])
+            if token in self.stop_ids:  # a stop token, like a stop string, leaves no text
+                self.finish_reason = "stop"
+                self.stop_reason = token if token in self.params.stop_token_ids else None
+            elif self.detokenizer and (ended := self.detokenizer.push(token)) is not None:
+                self.finish_reason, self.stop_reason = "stop", ended
+            elif self.remaining == 0:
+                self.finish_reason = "length"
+            if self.finish_reason is not None:
+                if self.detokenizer:
+                    self.detokenizer.finish()
+                return taken
+        return len(new_tokens)
+
+    def output(self) -> RequestOutput:
+        """What the user sees of it now."""
+        completion = CompletionOutput(
+            index=0,
+            text=self.detokenizer.text if self.detokenizer else "",
+            token_ids=self.tokens[self.num_prompt :],
+            logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            draft=self.draft,
+        )
+        return RequestOutput(
+            self.request_id, self.prompt, self.tokens[: self.num_prompt], [completion],
+            self.finish_reason is not None, self.weights_version,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Measures of models: bits per byte, checked tasks, acceptance of drafts, and plain baselines."""

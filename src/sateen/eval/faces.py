@@ -1,0 +1,98 @@
+"""`sateen eval MODEL`: perplexity and checked tasks of one model, in a receipt's words."""
+
+from __future__ import annotations
+
+import inspect
+import json as codec
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from sateen.data.tasks import Task, task_class
+from sateen.data.text import python_docs, split_heldout, text_dir
+from sateen.data.tokenizer import Tokenizer
+from sateen.engine.engine import LLM
+from sateen.errors import ConfigError
+from sateen.eval.perplexity import perplexity
+from sateen.eval.tasks import evaluate_task
+
+PERPLEXITY = "perplexity"
+
+
+def main(
+    model: str,
+    *,
+    tasks: Sequence[str] = (PERPLEXITY,),
+    text: str | None = None,
+    num_examples: int = 200,
+    seed: int = 0,
+    json: bool = False,
+) -> int:
+    """Prints what was measured and returns the exit code.
+
+    Args:
+        model: what `load_model` takes.
+        tasks: `perplexity`, and names of verifiable tasks.
+        text: file or folder for the perplexity; the Python documentation that `python_docs` sources hold
+            out when None.
+        num_examples: questions per task.
+        seed: of the questions.
+        json: print JSON with the keys of a receipt's `quality`.
+
+    Raises:
+        ConfigError: a task is unknown, there is no text to read, or the model has no tokenizer.
+    """
+    classes = {name: task_class(name) for name in tasks if name != PERPLEXITY}
+    llm = LLM(model, draft="none", max_num_seqs=32)
+    if llm.tokenizer is None:
+        raise ConfigError(
+            f"{model} has no tokenizer, and what is measured is text; save one beside the model"
+        )
+    quality: dict[str, Any] = {}
+    if PERPLEXITY in tasks:
+        documents = list(text_dir(text)) if text else split_heldout(python_docs())[1]
+        _talk(f"perplexity on {text or 'held-out Python documentation'}: {len(documents)} documents")
+        context = llm.model.config.max_position_embeddings
+        found = perplexity(llm.model, llm.tokenizer, documents, context=context)
+        quality |= {"bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
+    for name, cls in classes.items():
+        _talk(f"{name}: {num_examples} examples, greedy")
+        result = evaluate_task(llm, make_task(cls, llm.tokenizer, _distance(llm)), n=num_examples, seed=seed)
+        quality.setdefault("tasks", {})[name] = result.as_receipt()
+    print(codec.dumps(quality, indent=2) if json else "\n".join(lines(quality)))
+    return 0
+
+
+def make_task(cls: type[Task], tokenizer: Tokenizer, distance: int) -> Task:
+    """A task on held-out examples, with the arguments that its class takes.
+
+    Args:
+        cls: the task's class.
+        tokenizer: measures lengths.
+        distance: tokens that a recall task puts between a fact and its question.
+    """
+    offered = {
+        "is_heldout": True,
+        "count_tokens": lambda text: len(tokenizer.encode(text)),
+        "distance": distance,
+    }
+    accepted = inspect.signature(cls).parameters
+    return cls(**{name: value for name, value in offered.items() if name in accepted})
+
+
+def lines(quality: dict[str, Any]) -> list[str]:
+    """The measurements for people, one a line."""
+    plain = [f"{key.replace('_', ' '):<15}{quality[key]:.4f}" for key in quality if key != "tasks"]
+    return plain + [
+        f"{name:<15}{task['accuracy']:.1%} of {task['n']} (chance {task['chance']:.1%})"
+        for name, task in quality.get("tasks", {}).items()
+    ]
+
+
+def _distance(llm: LLM) -> int:
+    """Twice the widest window, so that sliding layers alone cannot answer."""
+    return 2 * max((spec.window or 0 for spec in llm.model.config.specs), default=0) or 64
+
+
+def _talk(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,71 @@
+"""`sateen ops`: every operator, its backends best first, and on which devices each one can run here."""
+
+from __future__ import annotations
+
+import json as codec
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sateen.ops
+from sateen.ops.op import Op
+
+
+def _attention(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    offsets = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    q, k, v = (torch.zeros(4, heads, 16, device=device) for heads in (2, 1, 1))
+    options = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "scale": 0.25, "window": None}
+    return (q, k, v), options | {"sink_N": None, "return_lse": False, "block_max": None}
+
+
+def _grouped_matmul(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    x_TD, w_EDF = torch.zeros(3, 4, device=device), torch.zeros(2, 4, 5, device=device)
+    return (x_TD, w_EDF, torch.tensor([1, 2], device=device)), {}
+
+
+# A small ordinary call of each operator: what its backends are asked whether they can run.
+CALLS: dict[str, Callable[[str], tuple[tuple[Tensor, ...], dict[str, Any]]]] = {
+    "attention": _attention,
+    "grouped_matmul": _grouped_matmul,
+}
+
+
+def operators() -> dict[str, Op]:
+    """Name -> operator, for every room of `sateen.ops` that holds one."""
+    modules = [
+        import_module(f"sateen.ops.{m.name}") for m in pkgutil.iter_modules(sateen.ops.__path__) if m.ispkg
+    ]
+    found = [module.OP for module in modules if isinstance(getattr(module, "OP", None), Op)]
+    return {op.name: op for op in found}
+
+
+def rows() -> list[dict[str, str]]:
+    """`{"op", "backend", "device", "status"}` each; the status is `ok` or the reason it cannot run."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [
+        {"op": name, "backend": backend, "device": device, "status": status}
+        for name, op in operators().items()
+        for device in devices
+        for backend, status in _explain(op, device).items()
+    ]
+
+
+def main(*, json: bool = False) -> int:
+    """Prints the table, as JSON where asked, and returns the exit code."""
+    table = rows()
+    if json:
+        print(codec.dumps(table, indent=2))
+        return 0
+    widths = {key: max(len(key), *(len(row[key]) for row in table)) for key in table[0]}
+    for row in [{key: key for key in widths}, *table]:
+        print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
+    return 0
+
+
+def _explain(op: Op, device: str) -> dict[str, str]:
+    args, options = CALLS[op.name](device)
+    return op.explain(*args, **options)

@@ -1,0 +1,1 @@
+"""Training: one step, its objectives and optimizers, and the text stages."""

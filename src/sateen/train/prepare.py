@@ -1,0 +1,163 @@
+"""What the text stages of a run read: its tokenizer and token files, made once in the run folder.
+
+Everything is written under a temporary name and renamed, so an interrupted preparation starts again where it
+stopped. `train.loop` calls `prepare`; the loader mixes what it returns.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sateen.config import ChatTaskSource, PythonDocsSource, StageContext, TaskSource, TextDirSource
+from sateen.config import Source as SourceConfig
+from sateen.data.chat import encode_chat
+from sateen.data.loader import Source
+from sateen.data.tasks import Example, task_class
+from sateen.data.text import Document, python_docs, split_heldout, text_dir
+from sateen.data.token_file import TokenFile, write_texts, write_tokens
+from sateen.data.tokenizer import Tokenizer, check_vocab
+from sateen.errors import ConfigError
+from sateen.models.base import ModelConfig
+from sateen.models.decoder import Decoder
+from sateen.models.registry import preset
+
+HELDOUT_SHARE = 0.05
+"""Share of the documents of a text source that no stage trains on (source: ours)."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a stage reads.
+
+    Attributes:
+        tokenizer: the run's tokenizer.
+        folder: where its files are.
+        sources: the stage's mixture.
+        heldout: text that is never trained on, one token file per text source of the stage; may be empty.
+    """
+
+    tokenizer: Tokenizer
+    folder: Path
+    sources: tuple[Source, ...]
+    heldout: tuple[TokenFile, ...]
+
+
+def prepare(context: StageContext) -> RunData:
+    """The stage's data, written on the first call and opened on later ones.
+
+    Raises:
+        ConfigError: a source has nothing to read or settings it does not accept.
+    """
+    config, folder = context.config, context.folder
+    tokenizer = _tokenizer(context)
+    sources, heldout = [], []
+    for name, weight in config.source_weights(context.stage).items():
+        if weight == 0:
+            continue
+        source = config.data[name]
+        is_chat = isinstance(source, ChatTaskSource)
+        train, kept_back = folder / "data" / name, folder / "data" / f"{name}-heldout"
+        if not _is_ready(train, tokenizer):
+            context.progress.note(f"preparing data source {name}")
+            if is_chat:
+                documents = (encode_chat(tokenizer, _messages(e)) for e in _examples(source, config.seed))
+                write_tokens(
+                    train, documents, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.fingerprint
+                )
+            else:
+                training, held = _split(source, config.seed)
+                if held:
+                    write_texts(kept_back, held, tokenizer)
+                # Last, because its presence says that the source is ready.
+                write_texts(train, training, tokenizer)
+        sources.append(Source(TokenFile(train), weight, is_whole=is_chat))
+        if kept_back.is_dir():
+            heldout.append(TokenFile(kept_back))
+    return RunData(tokenizer, folder / "tokenizer", tuple(sources), tuple(heldout))
+
+
+def new_model(context: StageContext, tokenizer: Tokenizer) -> Decoder:
+    """The run's model with fresh weights from the run's seed, in float32.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model has rows.
+    """
+    source = context.config.model
+    if source.preset is not None:
+        raw, origin = preset(source.preset), f"preset {source.preset}"
+    else:
+        assert source.config is not None
+        raw, origin = json.loads(source.config.read_text(encoding="utf-8")), str(source.config)
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    model_config = ModelConfig.from_hf({**raw, **ends, **source.overrides}, origin=origin)
+    check_vocab(tokenizer, model_config.vocab_size)
+    return Decoder(model_config).to(context.config.device).init_weights(context.config.seed)
+
+
+def _tokenizer(context: StageContext) -> Tokenizer:
+    """The run's tokenizer: the one in its folder, else one that the recipe names or that is trained now."""
+    settings, folder = context.config.tokenizer, context.folder / "tokenizer"
+    if folder.is_dir():
+        return Tokenizer.load(folder)
+    if settings.path is not None:
+        tokenizer = Tokenizer.load(settings.path if settings.path.is_dir() else settings.path.parent)
+    else:
+        assert settings.vocab_size is not None
+        context.progress.note(f"training a tokenizer of {settings.vocab_size} tokens")
+        # All sources of the run, not of this stage: later stages read through the same tokenizer.
+        texts = (d.text for s in context.config.data.values() for d in _split(s, context.config.seed)[0])
+        tokenizer = Tokenizer.train(texts, settings.vocab_size)
+    fresh = folder.with_name(f".{folder.name}.writing")
+    tokenizer.save(fresh)
+    fresh.rename(folder)
+    return Tokenizer.load(folder)
+
+
+def _is_ready(folder: Path, tokenizer: Tokenizer) -> bool:
+    return folder.is_dir() and TokenFile(folder).tokenizer_sha256 == tokenizer.fingerprint
+
+
+def _split(source: SourceConfig, seed: int) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents of a source; tasks keep examples back in their own way."""
+    if isinstance(source, TaskSource):
+        examples = enumerate(_examples(source, seed))
+        return [Document(f"{source.task}-{i}", e.prompt + e.completion) for i, e in examples], []
+    return split_heldout(_documents(source), HELDOUT_SHARE)
+
+
+def _documents(source: SourceConfig) -> Iterator[Document]:
+    if isinstance(source, PythonDocsSource):
+        yield from python_docs(source.path)
+        return
+    assert isinstance(source, TextDirSource), f"no reader for data kind {source.kind}"
+    files = sorted(f for f in source.path.glob(source.glob) if f.is_file())
+    if not files:
+        raise ConfigError(
+            f"{source.path / source.glob}: no such files; give a folder and a glob that match some"
+        )
+    for file in files:
+        for document in text_dir(file, suffixes=(file.suffix,)):
+            # The whole path, because names decide what is held out; lines of a .jsonl keep their numbers.
+            name = file.relative_to(source.path).as_posix() + document.name.removeprefix(file.name)
+            yield Document(name, document.text)
+
+
+def _examples(source: SourceConfig, seed: int) -> Iterator[Example]:
+    assert isinstance(source, TaskSource)
+    try:
+        task = task_class(source.task)(**source.parameters)
+    except TypeError as error:
+        raise ConfigError(
+            f"data.*.parameters of task {source.task!r}: {error}; see the task's arguments"
+        ) from None
+    rng = random.Random(f"{seed}/{source.task}/{source.kind}")
+    return (task.sample(rng) for _ in range(source.num_examples))
+
+
+def _messages(example: Example) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]

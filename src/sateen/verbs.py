@@ -1,0 +1,196 @@
+"""The verbs of the command line: which function each one runs and which flags it takes.
+
+A verb's function takes its flags as keyword arguments and returns its exit code, or None for 0. A new verb is
+one function here that adds its flags, and one row of `VERBS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+MODEL = "a Hugging Face directory, a run folder (its last checkpoint) or a preset"
+
+
+class Verb(NamedTuple):
+    """A row of `VERBS`.
+
+    Attributes:
+        function: `module:function`, imported when the verb runs.
+        help: one line for the list of verbs.
+        flags: adds the verb's flags to its parser.
+        examples: command lines for `--help`, without the leading `sateen `.
+        resumes: the same command continues after an interruption.
+    """
+
+    function: str
+    help: str
+    flags: Callable[[argparse.ArgumentParser], None]
+    examples: tuple[str, ...]
+    resumes: bool = False
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=_positive, default=10.0, metavar="N", help="length on two cores (10)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start over, deleting what an earlier demo left")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a .toml file, or the name of one in recipes/")
+    parser.add_argument("overlays", nargs="*", metavar="OVERLAY", help="recipes merged over it, in order")
+    parser.add_argument(
+        "--set", dest="sets", action="append", default=[], metavar="A.B=VALUE",
+        help="change one setting; stages go by index or name; an empty VALUE takes a setting away",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME)")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and touch nothing")
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="text to continue")
+    _sampling(parser, max_tokens=64, temperature=0.0)
+    _json(parser, "text, token ids, finish reason and draft acceptance")
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    _sampling(parser, max_tokens=256, temperature=0.7)
+
+
+def _sampling(parser: argparse.ArgumentParser, *, max_tokens: int, temperature: float) -> None:
+    parser.add_argument(
+        "--max-tokens", type=_count, default=max_tokens, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, metavar="T",
+        help="0 takes the likeliest token each time (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P",
+        help="sample among the likeliest tokens that hold this share (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    parser.add_argument(
+        "--draft", choices=("auto", "mtp", "none"), default="auto",
+        help="who proposes tokens for the model to check (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument(
+        "--context", type=_counts, default=(), metavar="N,M", help="contexts to size the cache for"
+    )
+    parser.add_argument("--kv-dtype", default="auto", metavar="D", help="cache dtype (default: the model's)")
+    _json(parser)
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument(
+        "--tasks", type=_names, default=("perplexity",), metavar="A,B",
+        help="perplexity and names of verifiable tasks (default: perplexity)",
+    )  # fmt: skip
+    parser.add_argument("--text", metavar="FILE", help="text for perplexity (default: held-out Python docs)")
+    parser.add_argument("--num-examples", type=_count, default=200, metavar="N", help="per task (200)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the task examples (default: 0)")
+    _json(parser)
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder; writes its report.html")
+
+
+def _receipt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="A", help="a receipt.json, or a run or model folder that has one")
+    parser.add_argument("second", nargs="?", metavar="B", help="another one to compare it with")
+    _json(parser)
+
+
+def _ops(parser: argparse.ArgumentParser) -> None:
+    _json(parser)
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a script in benchmarks/ of the checkout")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="passed on to the script")
+
+
+def _json(parser: argparse.ArgumentParser, what: str = "the result") -> None:
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} should be at least 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} should be above 0")
+    return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} should be names with commas between them")
+    return names
+
+
+# argparse puts a converter's name into its messages.
+_count.__name__, _positive.__name__, _counts.__name__ = "whole number", "number", "list of whole numbers"
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        "sateen.demo:main", "train, evaluate and report a small model here", _demo,
+        ("demo", "demo --minutes 5 --out runs/mine"), resumes=True,
+    ),
+    "train": Verb(
+        "sateen.run:main", "run or resume the stages of a recipe", _train,
+        ("train recipes/demo.toml", "train demo --set stages.sft.tokens=1e5 --out runs/short",
+         "train demo --dry-run"), resumes=True,
+    ),
+    "generate": Verb(
+        "sateen.engine.faces:generate", "continue a text", _generate,
+        ('generate runs/demo -p "A list is"',
+         'generate runs/demo -p "A list is" --temperature 0.8 --seed 1 --json'),
+    ),
+    "chat": Verb(
+        "sateen.engine.faces:chat", "talk with a model in the terminal", _chat,
+        ("chat runs/demo", "chat runs/demo --temperature 0"),
+    ),
+    "inspect": Verb(
+        "sateen.checkpoint.inspect:main", "layers, parameters, bytes and cache sizes of a model", _inspect,
+        ("inspect runs/demo", "inspect mimo-7b --context 4096,32768 --json"),
+    ),
+    "eval": Verb(
+        "sateen.eval.faces:main", "perplexity and verifiable tasks", _eval,
+        ("eval runs/demo", "eval runs/demo --tasks perplexity,recall,sums --json"),
+    ),
+    "report": Verb("sateen.report:main", "write a run's report.html", _report, ("report runs/demo",)),
+    "receipt": Verb(
+        "sateen.receipt:main", "show a receipt, or compare two", _receipt,
+        ("receipt runs/demo", "receipt runs/demo runs/other --json"),
+    ),
+    "ops": Verb(
+        "sateen.ops.table:main", "kernels, their backends and which can run here", _ops, ("ops", "ops --json")
+    ),
+    "bench": Verb(
+        "sateen.cli:bench", "run a benchmark of the checkout", _bench,
+        ("bench attention", "bench attention --help"),
+    ),
+}  # fmt: skip

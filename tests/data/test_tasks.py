@@ -1,0 +1,128 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sateen.data.tasks import Recall, Sums, Task, task_class
+from sateen.data.tokenizer import Tokenizer
+from sateen.errors import ConfigError
+
+
+def bytes_of(text):
+    return len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "completion"),
+    [
+        (47, 85, "7+5=12,4+8+1=13,132"),
+        (10, 10, "0+0=00,1+1+0=2,20"),
+        (23, 14, "3+4=07,2+1+0=3,37"),
+        (99, 99, "9+9=18,9+9+1=19,198"),
+    ],
+)
+def test_sums_are_worked_as_by_hand(a, b, completion):
+    example = Sums().example(a, b)
+    assert example.prompt == f"{a}+{b}="
+    assert example.completion == completion
+
+
+def test_three_digits_carry_twice():
+    assert Sums(num_digits=3).example(567, 458).completion == "7+8=15,6+5+1=12,5+4+1=10,1025"
+
+
+def test_heldout_pairs_never_reach_the_training_stream():
+    rng = random.Random(0)
+    train, heldout = Sums(), Sums(is_heldout=True)
+    pairs = {tuple(sorted(map(int, train.sample(rng).prompt[:-1].split("+")))) for _ in range(40_000)}
+    unseen = {tuple(sorted(map(int, heldout.sample(rng).prompt[:-1].split("+")))) for _ in range(10_000)}
+    assert not pairs & unseen
+    every = {(a, b) for a in range(10, 100) for b in range(a, 100)}
+    assert 0.17 < sum(train.holds_out(*pair) for pair in every) / len(every) < 0.23
+    assert len(pairs | unseen) > 0.98 * len(every)
+
+
+@given(st.integers(10, 99), st.integers(10, 99))
+def test_a_pairs_order_does_not_matter(a, b):
+    assert Sums().holds_out(a, b) == Sums().holds_out(b, a)
+
+
+@given(st.integers(0, 2**32))
+def test_every_task_accepts_its_own_completion(seed):
+    for task in (Sums(), Sums(is_heldout=True), Recall(count_tokens=bytes_of, distance=20)):
+        example = task.sample(random.Random(seed))
+        assert task.check(example.completion, example)
+        assert example == task.sample(random.Random(seed))
+
+
+def test_wrong_and_unfinished_sums_fail():
+    task = Sums()
+    example = task.example(47, 85)
+    assert task.check(" 132\n", example)
+    assert task.check("7+5=13,132", example)  # only the answer is judged
+    for output in ("", "7+5=12,4+8+1=13", "7+5=12,4+8+1=13,133", "132,7", "1132", "132 or 131"):
+        assert not task.check(output, example)
+
+
+def test_recall_asks_for_a_listed_value_at_the_distance():
+    tokenizer = Tokenizer.train(["some filler text of several words, and more of it\nA=b\n"], 270)
+
+    def count(text):
+        return len(tokenizer.encode(text))
+
+    words = ["some 3 filler text", "of several words", "x2"]
+    rng = random.Random(3)
+    for distance in (0, 1, 50, 400):
+        for filler in (words, None):
+            task = Recall(count_tokens=count, distance=distance, num_pairs=10, num_queries=3, filler=filler)
+            example = task.sample(rng)
+            listed, between, query = example.prompt.split("\n")
+            table = {pair[0]: pair[1:] for pair in listed.split()}
+            assert sorted(table) == list("0123456789")
+            assert example.answer == table[query]
+            first, *others = example.completion.split()
+            assert first == example.answer
+            assert [pair[1:] for pair in others] == [table[pair[0]] for pair in others]
+            assert len({query, *(pair[0] for pair in others)}) == 3
+            assert distance <= count(between) <= distance + 10
+            assert not any(c.isdigit() for c in between)
+            assert [tokenizer.decode([i]) for i in tokenizer.encode(f"{query}{first}")] == [query, first]
+    assert task.chance == 1 / 16
+    assert task.chance_among_listed == 1 / 10
+
+
+def test_recall_values_cover_all_sixteen():
+    task = Recall(count_tokens=bytes_of, distance=0, num_pairs=1)
+    rng = random.Random(0)
+    answers = {task.sample(rng).answer for _ in range(600)}
+    assert answers == set("abcdefghijklmnop")
+
+
+def test_recall_checks_the_first_word_alone():
+    task = Recall(count_tokens=bytes_of, distance=0)
+    example = task.sample(random.Random(0))
+    assert task.check(f"{example.answer} 3x\n", example)
+    assert not task.check("", example)
+    assert not task.check(f"{example.answer}{example.answer}", example)
+    assert not task.check(f"x\n{example.answer}", example)
+
+
+def test_unknown_tasks_and_settings_are_refused():
+    assert set(Task.registry) >= {"sums", "recall"}
+    assert task_class("sums") is Sums
+    with pytest.raises(ConfigError, match=r"did you mean sums\? \(known: recall, sums"):
+        task_class("sum")
+    for settings in (
+        {"num_pairs": 11},
+        {"num_pairs": 0},
+        {"num_queries": 5},
+        {"num_values": 15},
+        {"distance": -1},
+    ):
+        with pytest.raises(ConfigError, match="recall:"):
+            Recall(**{"count_tokens": bytes_of, "distance": 1, **settings})
+    with pytest.raises(ConfigError, match="no words"):
+        Recall(count_tokens=bytes_of, distance=1, filler=[" "])
+    with pytest.raises(ConfigError, match="sums:"):
+        Sums(is_heldout=True, heldout_share=0.0)

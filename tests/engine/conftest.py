@@ -1,0 +1,125 @@
+"""Tiny models for the engine's tests: random ones, and ones whose drafts are good by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from sateen.engine.engine import LLM
+from sateen.engine.request import SamplingParams
+from sateen.models.base import ModelConfig
+from sateen.models.decoder import Decoder
+from sateen.models.registry import preset
+
+FLASH, MIMO = "mimo-v2-flash-tiny", "mimo-7b-tiny"
+
+
+def _random_model(
+    name: str, *, heads: int | None = None, seed: int = 0, **changes: Any
+) -> Decoder:
+    """Weights of standard deviation 0.1, so that attention and routing matter."""
+    raw = preset(name) | {"initializer_range": 0.1} | changes
+    if heads is not None:
+        raw["num_nextn_predict_layers"] = heads
+    return Decoder(ModelConfig.from_hf(raw)).init_weights(seed).eval()
+
+
+def _drafting_model(
+    name: str, *, heads: int = 3, noise: float = 0.0, strength: float = 0.02
+) -> Decoder:
+    """A bigram model: the trunk maps each token to a fixed successor, and so does every head.
+
+    Every block adds `strength`-sized random outputs and the heads get `noise`, so that drafts are often but not
+    always right; with both 0 they always are.
+    """
+    model = _random_model(name, heads=heads, **changes)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if key.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+                weight.normal_(
+                    0.0, strength, generator=generator
+                ) if strength else weight.zero_()
+        table = model.model.embed_tokens.weight.normal_(0.0, 1.0, generator=generator)
+        unit = table / table.norm(dim=-1, keepdim=True)
+        model.lm_head.weight.copy_(unit.roll(7, 0))
+        for token, successor in (successors or {}).items():
+            model.lm_head.weight[successor] = unit[token]
+        D = model.config.hidden_size
+        spec = model.config.mtp
+        assert spec is not None
+        for head in model.mtp_heads():
+            join = head.get_submodule(spec.names["join"]).weight
+            join.normal_(0.0, 1.0, generator=generator).mul_(noise)
+            first = D if spec.order == "hidden" else 0
+            join[:, first : first + D] += torch.eye(D)
+    return model
+
+
+def _greedy_by_hand(model: Decoder, prompt: Sequence[int], count: int) -> list[int]:
+    """Greedy tokens from whole forwards, without the engine."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def _prompts(
+    lengths: Sequence[int], vocab_size: int = 512, seed: int = 3
+) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths
+    ]
+
+
+def _tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+
+def _greedy(count: int, **changes: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, **changes)
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., Decoder]:
+    return _random_model
+
+
+@pytest.fixture(scope="session")
+def drafting_model() -> Callable[..., Decoder]:
+    return _drafting_model
+
+
+@pytest.fixture(scope="session")
+def greedy_by_hand() -> Callable[..., list[int]]:
+    return _greedy_by_hand
+
+
+@pytest.fixture(scope="session")
+def make_prompts() -> Callable[..., list[list[int]]]:
+    return _prompts
+
+
+@pytest.fixture(scope="session")
+def tokens_of() -> Callable[..., list[list[int]]]:
+    return _tokens
+
+
+@pytest.fixture(scope="session")
+def greedy() -> Callable[..., SamplingParams]:
+    return _greedy
+
+
+@pytest.fixture(scope="session")
+def flash() -> Decoder:
+    return _random_model(FLASH)
+
+
+@pytest.fixture(scope="session")
+def mimo() -> Decoder:
+    return _random_model(MIMO)

@@ -1,0 +1,94 @@
+"""`generate` and `chat` as processes see them: what goes to stdout, what to stderr, what ends them."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from sateen.data.tokenizer import Tokenizer
+from sateen.engine import faces
+from sateen.errors import ConfigError, RequestError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, drafting_model):
+    """A model that says the alphabet, starting over at z; its turn ends never, so `max_tokens` ends it."""
+    tokenizer = Tokenizer.train(["assistant user system "] * 20, 262)
+    letters = [tokenizer.token_id(c) for c in "abcdefghijklmnopqrstuvwxyz"]
+    successors = dict(zip(letters, [*letters[1:], letters[0]], strict=True))
+    successors[tokenizer.encode("\n")[0]] = letters[0]
+    model = drafting_model(
+        "mimo-v2-flash-tiny", strength=0.0, vocab_size=264, successors=successors
+    )
+    path = tmp_path_factory.mktemp("model")
+    model.save(path / "m")
+    tokenizer.save(path / "m")
+    return str(path / "m")
+
+
+def test_generate_prints_the_continuation(folder, capsys):
+    faces.generate(folder, "x", max_tokens=6)
+    out, err = capsys.readouterr()
+    assert out == "yzabcd\n"
+    assert "6 tokens" in err
+    assert "tokens/s" in err
+    assert "tokens per pass (drafts accepted: 100%" in err
+
+
+def test_generate_json(folder, capsys):
+    faces.generate(folder, "x", max_tokens=9, draft="mtp", json=True)
+    result = json.loads(capsys.readouterr().out)
+    assert (result["prompt"], result["text"], result["finish_reason"]) == (
+        "x",
+        "yzabcdefg",
+        "length",
+    )
+    assert (result["prompt_tokens"], len(result["token_ids"])) == (1, 9)
+    assert result["draft"] == {
+        "acceptance_length": 4.0,
+        "acceptance_by_position": [1.0, 1.0, 1.0],
+    }
+    faces.generate(folder, "x", max_tokens=9, draft="none", json=True)
+    assert json.loads(capsys.readouterr().out)["draft"]["acceptance_by_position"] == []
+
+
+def test_chat_over_a_pipe(folder, capsys, monkeypatch):
+    asked = []
+    original = Tokenizer.apply_chat_template
+
+    def spy(self, messages, *args, **kwargs):
+        asked.append([message["content"] for message in messages])
+        return original(self, messages, *args, **kwargs)
+
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", spy)
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("hello\nagain\n\n/reset\n/what\nnew\n/quit\nunread\n")
+    )
+    faces.chat(folder, max_tokens=3, temperature=0.0)
+    out, err = capsys.readouterr()
+    # The template ends with "assistant\n", after which this model begins the alphabet.
+    assert out == "abc\nabc\nabc\n"
+    assert asked == [["hello"], ["hello", "abc", "again"], ["new"]]
+    assert "new conversation" in err
+    assert "unknown command /what; /reset begins a new conversation, /quit ends" in err
+    assert "9 tokens" in err
+
+
+def test_chat_ends_with_its_input(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    faces.chat(folder, max_tokens=2, temperature=0.0)
+    assert capsys.readouterr().out == "ab\n"
+
+
+def test_a_line_beyond_the_context_is_an_error_in_a_pipe(folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab " * 3000))
+    with pytest.raises(RequestError, match="but the context holds 2048"):
+        faces.chat(folder)
+
+
+def test_a_model_without_tokenizer_cannot_talk(tmp_path, flash):
+    flash.save(tmp_path / "m")
+    with pytest.raises(ConfigError, match="has no tokenizer.json to read text with"):
+        faces.generate(str(tmp_path / "m"), "x")

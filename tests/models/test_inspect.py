@@ -1,0 +1,112 @@
+"""`describe`: the cache formula of MiMo-V2-Flash, folded layers, notes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sateen.errors import ConfigError
+from sateen.models.base import ModelConfig
+from sateen.models.decoder import Decoder
+from sateen.models.inspect import KV_BYTES, describe, kv_bytes
+from sateen.models.registry import preset
+
+
+def on_meta(raw):
+    with torch.device("meta"):
+        return Decoder(ModelConfig.from_hf(raw))
+
+
+@pytest.fixture(scope="module")
+def flash():
+    return on_meta(preset("mimo-v2-flash"))
+
+
+@pytest.mark.parametrize("dtype", KV_BYTES)
+def test_cache_bytes_follow_the_formula(flash, dtype):
+    # 9 full layers keep 4 x (192 + 128) numbers per token, 39 sliding ones 8 x (192 + 128) in their window.
+    e = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}[dtype]
+    contexts = [1, 128, 129, 130, 4096, 262144]
+    for row in describe(flash, contexts=contexts, kv_dtype=dtype)["kv"]:
+        n = row["context"]
+        assert row["bytes"] == e * (9 * n * 1280 + 39 * min(n, 129) * 2560)
+        assert row["mtp_bytes"] == e * 3 * min(n, 129) * 2560
+        assert row["all_full_bytes"] == e * 48 * n * 1280
+        assert row["ratio"] == row["all_full_bytes"] / row["bytes"]
+
+
+def test_published_savings_hold_for_either_reading_of_the_window(flash):
+    # With 128 rows: 4.20x at 4k, 5.16x at 32k, 5.29x at 128k, 5.31x at 256k. Our rings hold 129 rows, which
+    # changes the third digit at 4k only.
+    contexts = [4096, 32768, 131072, 262144]
+    narrow = ModelConfig.from_hf(
+        preset("mimo-v2-flash") | {"sliding_window": 127, "sliding_window_size": 127}
+    )
+    assert narrow.layers()[1].window == 128
+    assert [round(kv_bytes(narrow, n, 2)["ratio"], 2) for n in contexts] == [4.20, 5.16, 5.29, 5.31]
+    assert [round(kv_bytes(flash.config, n, 2)["ratio"], 2) for n in contexts] == [4.19, 5.16, 5.29, 5.31]
+    assert round(kv_bytes(flash.config, 262144, 2)["bytes"] / 2**30, 2) == 5.65
+
+
+def test_equal_layers_are_folded(flash):
+    found = describe(flash)
+    assert [(row["layers"], row["count"], row["mlp"]) for row in found["layers"]] == [
+        ("0", 1, "16384"),
+        ("1-4, 6-10, 12-16, 18-22, 24-28, 30-34, 36-40, 42-46", 39, "256 x 2048, top 8"),
+        ("5, 11, 17, 23, 29, 35, 41, 47", 8, "256 x 2048, top 8"),
+    ]
+    assert [row["attention"] for row in found["layers"]] == [
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+    ]
+    assert [row["window"] for row in found["layers"]] == [None, 129, None]
+    assert found["mtp"]["num_heads"] == 3
+    assert found["mtp"]["mlp"] == "16384"
+    assert round(found["parameters"]["total"] / 1e9, 2) == 308.78
+    assert found["kv_dtype"] == "fp32"
+    assert [row["context"] for row in found["kv"]] == [4096, 32768, 262144]
+    assert found["kv_bytes_per_token"] == [
+        {"layer_kind": "full_attention", "num_layers": 9, "bytes": 5120},
+        {"layer_kind": "sliding_attention", "num_layers": 39, "bytes": 10240},
+    ]
+
+
+def test_the_config_dtype_sizes_the_cache_unless_asked():
+    raw = preset("mimo-7b-tiny") | {"torch_dtype": "bfloat16"}
+    model = on_meta(raw)
+    assert describe(model)["kv_dtype"] == "bf16"
+    assert describe(model, kv_dtype="int8")["kv_dtype"] == "int8"
+    row = describe(model, contexts=[100])["kv"][0]
+    assert row["bytes"] == 2 * 3 * 100 * 2 * (16 + 16)
+    assert row["ratio"] == 1.0
+    assert row["mtp_bytes"] == 2 * 100 * 2 * (16 + 16)
+
+
+def test_a_model_without_full_layers_has_nothing_to_compare_with():
+    raw = preset("mimo-v2-flash-tiny") | {"hybrid_layer_pattern": [1] * 6}
+    row = describe(on_meta(raw), contexts=[1000])["kv"][0]
+    assert (row["all_full_bytes"], row["ratio"]) == (None, None)
+    assert row["bytes"] == 4 * 6 * 16 * 2 * (24 + 16)
+
+
+def test_notes_name_what_differs(flash):
+    notes = "\n".join(describe(flash, contexts=[300000])["traps"])
+    assert "window 128 counts earlier keys only; a query sees 129" in notes
+    assert "multiplied by 0.707" in notes
+    assert "inputs embedding first" in notes
+    assert "context 300000 is beyond max_position_embeddings 262144" in notes
+    plain = preset("mimo-7b-tiny") | {"num_nextn_predict_layers": 0}
+    assert describe(on_meta(plain))["traps"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kv_dtype": "fp4"}, r"unknown kv dtype 'fp4'.*known: auto, bf16, fp16, fp32, fp8, int8"),
+        ({"contexts": [0, 5]}, "context 0 is not accepted; a context is at least 1 token"),
+    ],
+)
+def test_wrong_settings_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        describe(on_meta(preset("mimo-7b-tiny")), **arguments)
