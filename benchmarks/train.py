@@ -3,7 +3,8 @@
     python benchmarks/train.py --pairs 9 --out benchmarks/results/train.json
 
 Both sides train the same shape on the same tokens with clipping and AdamW at the same settings; they run in
-interleaved pairs in one process, so that a busy machine slows both. Before any timing the two models get
+interleaved pairs in one process, so that a busy machine slows both; against the compiled peer ours runs with
+`compile = true` too. Before any timing the two models get
 equal weights and must agree on the loss and on its gradients.
 """
 
@@ -28,6 +29,7 @@ from sateen.config import AdamWConfig
 from sateen.data.packing import PackedBatch, pack
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
+from sateen.train.loop import compile_pieces
 from sateen.train.objective import CrossEntropy, TokenObjective
 from sateen.train.optim import build_optimizer
 from sateen.train.step import TrainStep
@@ -44,7 +46,7 @@ Step = Callable[[], float]
 
 def build(shape: str) -> tuple[Decoder, nn.Module]:
     """Our model and transformers', with equal weights."""
-    raw = {
+    raw: dict[str, Any] = {
         "model_type": "llama",
         "vocab_size": VOCAB,
         "rms_norm_eps": 1e-5,
@@ -66,9 +68,13 @@ def tokens() -> tuple[torch.Tensor, PackedBatch]:
     return ids, pack(ids.tolist())
 
 
-def our_step(model: Decoder, batch: PackedBatch, dtype: torch.dtype) -> Step:
-    """One optimizer step of ours; returns its loss."""
-    step = TrainStep(model, [(TokenObjective(CrossEntropy()), build_optimizer(model, OPTIMIZER))], dtype=dtype)
+def our_step(model: Decoder, batch: PackedBatch, dtype: torch.dtype, *, is_compiled: bool = False) -> Step:
+    """One optimizer step of ours, as a stage with or without `compile` runs it; returns its loss."""
+    if is_compiled:
+        compile_pieces(model)
+    step = TrainStep(
+        model, [(TokenObjective(CrossEntropy()), build_optimizer(model, OPTIMIZER))], dtype=dtype
+    )
     return lambda: step([batch]).metrics["loss"]
 
 
@@ -76,7 +82,10 @@ def their_step(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, *, is_co
     """One optimizer step of transformers' model as its users write it; returns its loss."""
     decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
-    groups = [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": OPTIMIZER.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
         groups, lr=OPTIMIZER.learning_rate, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=True
     )
@@ -85,7 +94,7 @@ def their_step(model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, *, is_co
     def step() -> float:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = forward(input_ids=ids, labels=ids).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm, foreach=True)
         optimizer.step()
         optimizer.zero_grad()
@@ -102,7 +111,7 @@ def check_equal(shape: str) -> None:
     objective.begin_step([batch])
     loss = objective.loss(ours, batch).total
     other = theirs(input_ids=ids, labels=ids).loss
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     other.backward()
     assert abs(loss.item() - other.item()) < 1e-5, (loss.item(), other.item())
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -116,7 +125,10 @@ def measure(shape: str, dtype: torch.dtype, is_compiled: bool, pairs: int) -> di
     """Tokens per second of both sides and the quartiles of their ratio over interleaved pairs."""
     ours, theirs = build(shape)
     ids, batch = tokens()
-    sides = our_step(ours, batch, dtype), their_step(theirs, ids, dtype, is_compiled=is_compiled)
+    sides = (
+        our_step(ours, batch, dtype, is_compiled=is_compiled),
+        their_step(theirs, ids, dtype, is_compiled=is_compiled),
+    )
     for step in sides:
         for _ in range(2):
             step()
@@ -134,7 +146,7 @@ def measure(shape: str, dtype: torch.dtype, is_compiled: bool, pairs: int) -> di
         "shape": shape,
         "parameters": sum(p.numel() for p in ours.parameters()),
         "dtype": str(dtype).removeprefix("torch."),
-        "peer": "compiled" if is_compiled else "eager",
+        "mode": "compiled" if is_compiled else "eager",
         "pairs": pairs,
         "warmup_steps": 2,
         "ours_tokens_per_s": round(count / statistics.median(times[0])),
@@ -149,24 +161,30 @@ def hardware() -> dict[str, Any]:
     """What the numbers were measured on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
     return {"cpu": name, "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
-    parser.add_argument("--peers", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"]
+    )
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     options = parser.parse_args()
     results = []
     for shape in options.shapes:
         check_equal(shape)
         for dtype in options.dtypes:
-            for peer in options.peers:
-                result = measure(shape, getattr(torch, dtype), peer == "compiled", options.pairs)
+            for mode in options.modes:
+                result = measure(shape, getattr(torch, dtype), mode == "compiled", options.pairs)
                 print(json.dumps(result), file=sys.stderr)
                 results.append(result)
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

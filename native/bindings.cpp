@@ -98,6 +98,8 @@ NB_MODULE(_native, m) {
     m.doc() = "Sateen's compiled CPU kernels; use them through sateen.ops.";
     m.def("select_isa", [](const std::string& name) { return std::string(sateen::isa_name(sateen::select_isa(name))); },
           nb::arg("name"), "Sets the instruction set by name, the best one when empty; returns its name.");
+    m.def("current_isa", [] { return std::string(sateen::isa_name(sateen::current_isa())); },
+          "The instruction set that kernels run with.");
     m.def("attention_forward", &attention_forward, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("cu_q"),
           nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("scale"), nb::arg("window"), nb::arg("num_threads"),
           nb::arg("out"), nb::arg("lse"));

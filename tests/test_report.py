@@ -13,8 +13,10 @@ import pytest
 from sateen.errors import SateenError
 from sateen.receipt import Receipt
 from sateen.report import ReportError, build_report, main
-from sateen.report.plots import short, smoothed, thinned
-from sateen.report.worse import at_chance, worse_rows
+from sateen.report.drawing import short
+from sateen.report.evaluation import at_chance
+from sateen.report.plots import smoothed, thinned
+from sateen.report.worse import worse_rows
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -60,11 +62,14 @@ def model(name):
             },
         },
         "speed": [
-            {"what": "decode, drafts", "unit": "tokens/s", "median": 187.3, "p25": 181.2, "p75": 190.4, "n": 9},
-            {"what": "decode, no draft", "unit": "tokens/s", "median": 151.6, "p25": 149.7, "p75": 153.8, "n": 9},
+            {"what": what, "unit": "tokens/s", "median": median, "p25": low, "p75": high, "n": 9}
+            for what, median, low, high in (
+                ("decode, drafts", 187.3, 181.2, 190.4),
+                ("decode, no draft", 151.6, 149.7, 153.8),
+            )
         ],
         "samples": [
-            {"kind": "continued text", "prompt": "The string module", "completion": f"is <script>alert('{name}')"},
+            {"kind": "continued text", "prompt": "A string", "completion": f"<script>alert('{name}')"},
             {"kind": "sums (answer 132)", "prompt": "47+85=", "completion": "7+5=12, 4+8+1=13, 132"},
         ],
         "train_tokens": 1_081_344,
@@ -96,20 +101,14 @@ def run_folder(path, seed=0):
         ("mtp", 80_000),
     ]
     stages = "".join(
-        f'[[stages]]\nstage = "{s}"\ntokens = {t}\ntokens_per_batch = 4096\n'
-        for s, t in budgets
+        f'[[stages]]\nstage = "{s}"\ntokens = {t}\ntokens_per_batch = 4096\n' for s, t in budgets
     )
     (path / "run.toml").write_text(f'name = "demo"\n{stages}')
     lines, tokens = [], 0
     for stage, budget in budgets:
         for _ in range(-(-budget // 4096)):
             tokens += 4096
-            main_loss = (
-                2.3
-                + 4.5 * math.exp(-tokens / 150_000)
-                + rng.gauss(0, 0.08)
-                - 0.4 * (stage == "sft")
-            )
+            main_loss = 2.3 + 4.5 * math.exp(-tokens / 150_000) + rng.gauss(0, 0.08) - 0.4 * (stage == "sft")
             line = {"step": len(lines) + 1, "stage": stage, "tokens": tokens, "loss": main_loss * 1.4,
                     "loss_mtp": main_loss + 0.9, "grad_norm": rng.lognormvariate(0, 0.4)}  # fmt: skip
             if stage != "mtp":
@@ -121,22 +120,16 @@ def run_folder(path, seed=0):
             }
             lines.append(line)
         lines[-1]["heldout_bits_per_byte"] = main_loss / 1.55
-    (path / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines)
-    )
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     draws = np.random.default_rng(seed)
     shares = draws.dirichlet(np.full(8, 6.0), size=3)
-    counts = np.stack(
-        [[draws.multinomial(8192, p) for p in shares] for _ in lines]
-    ).astype(np.uint32)
+    counts = np.stack([[draws.multinomial(8192, p) for p in shares] for _ in lines]).astype(np.uint32)
     (path / "traces").mkdir()
     np.savez(
         path / "traces" / "expert_load.npz",
         train__counts=counts,
         train__steps=np.arange(1, len(lines) + 1),
-        train__meta=np.array(
-            json.dumps({"layers": [1, 2, 3], "unit": "tokens per step"})
-        ),
+        train__meta=np.array(json.dumps({"layers": [1, 2, 3], "unit": "tokens per step"})),
     )
     return counts
 
@@ -177,11 +170,7 @@ class Reader(HTMLParser):
         self.tags.append((tag, values))
         if "id" in values:
             self.ids.append(values["id"])
-        self.links += [
-            v
-            for k, v in attributes
-            if k in ("src", "href", "xlink:href", "action", "data")
-        ]
+        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href", "action", "data")]
         if tag not in VOID:
             self.open.append((tag, values.get("class")))
         if tag == "tr" and ("div", "bad") in self.open:
@@ -243,30 +232,20 @@ def test_a_finished_demo_misses_nothing_and_is_small(demo):
 
 
 def test_the_page_stands_alone(demo):
-    assert not any(
-        tag in ("script", "link", "iframe", "object", "embed") for tag, _ in demo.tags
-    )
+    assert not any(tag in ("script", "link", "iframe", "object", "embed") for tag, _ in demo.tags)
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in demo.links)
     assert "http" not in demo.page
     assert "@import" not in demo.page
-    assert all(
-        link.startswith(("url(#", "url( #"))
-        for link in re.findall(r"url\([^)]*", demo.page)
-    )
+    assert all(link.startswith(("url(#", "url( #")) for link in re.findall(r"url\([^)]*", demo.page))
 
 
 def test_the_page_can_be_read_by_everyone(demo):
     plots = [values for tag, values in demo.tags if tag == "svg"]
     assert len(plots) == 5
-    assert all(
-        values.get("role") == "img" and len(values["aria-label"]) > 20
-        for values in plots
-    )
+    assert all(values.get("role") == "img" and len(values["aria-label"]) > 20 for values in plots)
     tables = sum(tag == "table" for tag, _ in demo.tags)
     assert (
-        tables
-        == sum(tag == "caption" for tag, _ in demo.tags)
-        == sum(tag == "thead" for tag, _ in demo.tags)
+        tables == sum(tag == "caption" for tag, _ in demo.tags) == sum(tag == "thead" for tag, _ in demo.tags)
     )
     assert {values.get("scope") for tag, values in demo.tags if tag == "th"} == {
         "col",
@@ -276,10 +255,8 @@ def test_the_page_can_be_read_by_everyone(demo):
     for link in demo.links:
         assert not link.startswith("#") or link[1:] in demo.ids
     assert 'name="viewport"' in demo.page
-    assert "prefers-color-scheme:dark" in demo.page
-    assert set(re.findall(r"var\(--([\w-]+)\)", demo.page)) <= set(
-        re.findall(r"--([\w-]+):", demo.page)
-    )
+    assert "prefers-color-scheme: dark" in demo.page
+    assert set(re.findall(r"var\(--([\w-]+)\)", demo.page)) <= set(re.findall(r"--([\w-]+):", demo.page))
     assert [tag for tag, _ in demo.tags if re.fullmatch(r"h\d", tag)][:2] == [
         "h1",
         "h2",
@@ -289,16 +266,12 @@ def test_the_page_can_be_read_by_everyone(demo):
 def test_samples_are_text(demo):
     assert "&lt;script&gt;alert(&#x27;hybrid&#x27;)" in demo.page
     assert "<script" not in demo.page
-    assert "is <script>alert('twin')" in demo.text
+    assert "<script>alert('twin')" in demo.text
 
 
 def test_stages_and_layers_are_drawn(demo):
     assert "Stages: 1 pretrain, 2 pretrain, 3 sft, 4 mtp." in demo.text
-    blocks = [
-        values
-        for tag, values in demo.tags
-        if tag == "li" and "--kind" in values.get("style", "")
-    ]
+    blocks = [values for tag, values in demo.tags if tag == "li" and "--kind" in values.get("style", "")]
     kinds = [(values["style"], values["class"]) for values in blocks]
     full, sliding = "--kind:var(--full)", "--kind:var(--sliding)"
     assert kinds[:4] == [
@@ -413,11 +386,7 @@ def test_values_that_are_not_finite_become_dashes(tmp_path):
     numbers = spoiled(copy.deepcopy(evaluation()))
     demo_folder(tmp_path / "demo", numbers)
     metrics = tmp_path / "demo" / "hybrid" / "metrics.jsonl"
-    metrics.write_text(
-        re.sub(
-            r'"loss_main": [\d.]+', '"loss_main": NaN', metrics.read_text(), count=50
-        )
-    )
+    metrics.write_text(re.sub(r'"loss_main": [\d.]+', '"loss_main": NaN', metrics.read_text(), count=50))
     reader = read(build_report(tmp_path / "demo"))
     assert not re.search(r"\bnan\b|\binf\b", reader.page, flags=re.IGNORECASE)
     assert reader.red == []
@@ -426,9 +395,7 @@ def test_values_that_are_not_finite_become_dashes(tmp_path):
 def test_a_plain_run_shows_its_curves(tmp_path):
     counts = run_folder(tmp_path / "run")
     reader = read(build_report(tmp_path / "run"))
-    labels = " ".join(
-        values["aria-label"] for tag, values in reader.tags if tag == "svg"
-    )
+    labels = " ".join(values["aria-label"] for tag, values in reader.tags if tag == "svg")
     for what in (
         "Loss",
         "Learning rate",
@@ -446,9 +413,7 @@ def test_a_plain_run_shows_its_curves(tmp_path):
 
 
 def test_a_run_without_traces_or_losses_says_so(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "tokens": 4096, "loss": NaN, "odd": [1]}\n'
-    )
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 4096, "loss": NaN, "odd": [1]}\n')
     text = read(build_report(tmp_path)).text
     assert "Missing: loss curves (metrics.jsonl)." in text
     assert "Missing: expert loads (traces/expert_load.npz)" in text
@@ -458,9 +423,7 @@ def test_a_run_without_traces_or_losses_says_so(tmp_path):
 def test_stage_borders_without_settings_follow_the_metrics(tmp_path):
     run_folder(tmp_path / "run")
     (tmp_path / "run" / "run.toml").unlink()
-    assert (
-        "Stages: 1 pretrain, 2 sft, 3 mtp." in read(build_report(tmp_path / "run")).text
-    )
+    assert "Stages: 1 pretrain, 2 sft, 3 mtp." in read(build_report(tmp_path / "run")).text
 
 
 def test_main_prints_the_path(tmp_path, capsys):
@@ -495,9 +458,11 @@ def test_what_cannot_be_read_is_an_error(tmp_path, file, content, message):
 
 
 def test_smoothing_and_thinning():
-    assert smoothed([4.0, 4.0, 4.0], 0.1) == pytest.approx([4.0, 4.0, 4.0])
-    # Weights 0.5 and 0.25 over their sum: (0.5 * 1 + 0.25 * 4) / 0.75.
-    assert smoothed([4.0, 1.0], 0.5) == pytest.approx([4.0, 2.0])
+    # Ends keep their values, the next ones average three, the middle one five.
+    assert smoothed([1.0, 2.0, 6.0, 4.0, 7.0], 2) == pytest.approx([1.0, 3.0, 4.0, 17 / 3, 7.0])
+    assert smoothed([5.0], 3) == [5.0]
+    line = [0.5 * i for i in range(40)]
+    assert smoothed(line, 6) == pytest.approx(line)
     points = [(float(i), 2.0 * i) for i in range(1001)]
     few = thinned(points)
     assert len(few) == 334

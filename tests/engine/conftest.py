@@ -17,20 +17,31 @@ from sateen.models.registry import preset
 FLASH, MIMO = "mimo-v2-flash-tiny", "mimo-7b-tiny"
 
 
-def _random_model(
-    name: str, *, heads: int | None = None, seed: int = 0, **changes: Any
-) -> Decoder:
-    """Weights of standard deviation 0.1, so that attention and routing matter."""
+def _random_model(name: str, *, heads: int | None = None, seed: int = 0, **changes: Any) -> Decoder:
+    """Weights of standard deviation 0.1, so that attention matters.
+
+    A router's choice is settled by its bias: among thousands of tokens some scores tie up to rounding, and one
+    flipped expert would change greedy tokens without any fault of the engine.
+    """
     raw = preset(name) | {"initializer_range": 0.1} | changes
     if heads is not None:
         raw["num_nextn_predict_layers"] = heads
-    return Decoder(ModelConfig.from_hf(raw)).init_weights(seed).eval()
+    model = Decoder(ModelConfig.from_hf(raw)).init_weights(seed).eval()
+    for moe in model.moe_layers().values():
+        moe.gate.e_score_correction_bias += 2.0 * torch.arange(moe.spec.num_experts)
+    return model
 
 
 def _drafting_model(
-    name: str, *, heads: int = 3, noise: float = 0.0, strength: float = 0.02
+    name: str,
+    *,
+    heads: int = 3,
+    noise: float = 0.0,
+    strength: float = 0.02,
+    successors: Mapping[int, int] | None = None,
+    **changes: Any,
 ) -> Decoder:
-    """A bigram model: the trunk maps each token to a fixed successor, and so does every head.
+    """A bigram model: the trunk maps each token to a fixed successor, 7 further on, as do the heads.
 
     Every block adds `strength`-sized random outputs and the heads get `noise`, so that drafts are often but not
     always right; with both 0 they always are.
@@ -40,9 +51,7 @@ def _drafting_model(
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if key.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
-                weight.normal_(
-                    0.0, strength, generator=generator
-                ) if strength else weight.zero_()
+                weight.normal_(0.0, strength, generator=generator) if strength else weight.zero_()
         table = model.model.embed_tokens.weight.normal_(0.0, 1.0, generator=generator)
         unit = table / table.norm(dim=-1, keepdim=True)
         model.lm_head.weight.copy_(unit.roll(7, 0))
@@ -68,13 +77,9 @@ def _greedy_by_hand(model: Decoder, prompt: Sequence[int], count: int) -> list[i
     return tokens[len(prompt) :]
 
 
-def _prompts(
-    lengths: Sequence[int], vocab_size: int = 512, seed: int = 3
-) -> list[list[int]]:
+def _prompts(lengths: Sequence[int], vocab_size: int = 512, seed: int = 3) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths
-    ]
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
 def _tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Pages and rings against a plain list per sequence: every row read back, nothing leaked, nothing shared by two."""
+"""Pages and rings against a plain list per sequence: every row read back, nothing leaked or shared."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def test_random_operations_against_lists(seed):
                     cache.num_free_pages,
                     -(-length // PAGE) - len(entries[key].pages),
                 )
-                if length > cache.max_model_len or not cache.reserve(
-                    entries[key], length
-                ):
+                if length > cache.max_model_len or not cache.reserve(entries[key], length):
                     assert length > cache.max_model_len or missing > free_before
                     assert cache.num_free_pages == free_before
                     continue
@@ -91,18 +89,10 @@ def test_random_operations_against_lists(seed):
                 k, v, cu = view.layer(index).extend(*rows_of(new, layout))
                 expected = []
                 for key, count in zip(batch, counts, strict=True):
-                    oldest = (
-                        0
-                        if layout is PAGED
-                        else max(0, len(truth[key]) - count - WINDOW + 1)
-                    )
+                    oldest = 0 if layout is PAGED else max(0, len(truth[key]) - count - WINDOW + 1)
                     expected.append(truth[key][oldest:])
-                assert cu.tolist() == [
-                    sum(map(len, expected[:i])) for i in range(len(expected) + 1)
-                ]
-                wanted_k, wanted_v = rows_of(
-                    [x for part in expected for x in part], layout
-                )
+                assert cu.tolist() == [sum(map(len, expected[:i])) for i in range(len(expected) + 1)]
+                wanted_k, wanted_v = rows_of([x for part in expected for x in part], layout)
                 assert torch.equal(k, wanted_k)
                 assert torch.equal(v, wanted_v)
         held = [page for entry in entries.values() for page in entry.pages]
@@ -124,17 +114,11 @@ def test_heads_have_their_own_length_and_deeper_rings():
     ]
     entry = cache.open()
     cache.forward([entry], [20]).layer(0).extend(*rows_of(range(20), RING))
-    k, _, _ = (
-        cache.forward([entry], [15], heads=True)
-        .layer(1)
-        .extend(*rows_of(range(100, 115), RING))
-    )
+    k, _, _ = cache.forward([entry], [15], heads=True).layer(1).extend(*rows_of(range(100, 115), RING))
     assert (entry.length, entry.head_length) == (20, 15)
     assert k[:, 0, 0].tolist() == list(range(100, 115))
     entry.head_length = 12  # the last rows leaned on drafts and are done again
-    k, _, _ = (
-        cache.forward([entry], [2], heads=True).layer(1).extend(*rows_of([7, 8], RING))
-    )
+    k, _, _ = cache.forward([entry], [2], heads=True).layer(1).extend(*rows_of([7, 8], RING))
     assert k[:, 0, 0].tolist() == [104, 105, 106, 107, 108, 109, 110, 111, 7, 8]
 
 
@@ -162,8 +146,8 @@ def test_bytes_are_what_was_allocated():
         num_slots=3,
         dtype=torch.bfloat16,
     )
-    # paged: 7 pages * 64 rows * 2 heads * (24 + 16) * 2 bytes; a ring: 3 slots * 13 rows * 4 heads * 16 * 2 bytes,
-    # and the last layer is a head with 16 rows.
+    # paged: 7 pages * 64 rows * 2 heads * (24 + 16) * 2 bytes; a ring: 3 slots * 13 rows * 4 heads * 16 * 2
+    # bytes, and the last layer is a head with 16 rows.
     assert cache.allocated_bytes() == {
         "paged": 71680,
         "ring": 3 * 13 * 128 + 3 * 16 * 128,

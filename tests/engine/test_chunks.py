@@ -29,25 +29,20 @@ def cached_hidden(model, sequences, cuts, *, num_draft=0, wrong=0):
     for step in range(max(map(len, cuts))):
         active = [i for i in range(len(sequences)) if step < len(cuts[i])]
         starts = [entries[i].length for i in active]
-        pieces = [
-            sequences[i][s : s + cuts[i][step]]
-            for i, s in zip(active, starts, strict=True)
-        ]
+        pieces = [sequences[i][s : s + cuts[i][step]] for i, s in zip(active, starts, strict=True)]
         ids = [[*piece, *[1] * wrong] for piece in pieces]
         counts = [len(piece) for piece in ids]
         for i, s, n in zip(active, starts, counts, strict=True):
             assert cache.reserve(entries[i], s + n)
         seq = Sequences.of_lengths(counts)
-        positions = torch.cat(
-            [torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
-        )
+        positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
         view = cache.forward([entries[i] for i in active], counts)
         hidden = model.trunk(
-            torch.tensor(sum(ids, [])), Sequences(seq.cu_seqlens, positions), view
+            torch.tensor([token for piece in ids for token in piece]),
+            Sequences(seq.cu_seqlens, positions),
+            view,
         )
-        for i, s, piece, part in zip(
-            active, starts, pieces, hidden.split(counts), strict=True
-        ):
+        for i, s, piece, part in zip(active, starts, pieces, hidden.split(counts), strict=True):
             outputs[i].append(part[: len(piece)])
             cache.truncate(entries[i], s + len(piece))
     return [torch.cat(parts) for parts in outputs]
@@ -71,9 +66,7 @@ def test_any_chunking_equals_one_forward(name, length, request, make_prompts):
     for cut in chunkings(length):
         (got,) = cached_hidden(model, [tokens], [cut])
         assert (got - whole).abs().max() < TOLERANCE * whole.abs().max()
-        logits = model.logits(model.head_input(got)) - model.logits(
-            model.head_input(whole)
-        )
+        logits = model.logits(model.head_input(got)) - model.logits(model.head_input(whole))
         assert logits.abs().max() < TOLERANCE
 
 
@@ -82,9 +75,7 @@ def test_any_chunking_equals_one_forward(name, length, request, make_prompts):
 def test_rejected_rows_leave_no_trace(name, request, make_prompts):
     model = request.getfixturevalue(name)
     tokens = make_prompts([70, 30])
-    (got, other) = cached_hidden(
-        model, tokens, [[33, *[1] * 37], [1] * 30], num_draft=3, wrong=3
-    )
+    (got, other) = cached_hidden(model, tokens, [[33, *[1] * 37], [1] * 30], num_draft=3, wrong=3)
     for mine, ids in ((got, tokens[0]), (other, tokens[1])):
         whole = model.trunk(torch.tensor(ids), Sequences.of_lengths([len(ids)]))
         assert (mine - whole).abs().max() < TOLERANCE * whole.abs().max()

@@ -31,27 +31,14 @@ def talker(random_model, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["flash", "mimo"])
-def test_batched_equals_alone(
-    name, request, make_prompts, tokens_of, greedy, greedy_by_hand
-):
+def test_batched_equals_alone(name, request, make_prompts, tokens_of, greedy, greedy_by_hand):
     model = request.getfixturevalue(name)
     prompts = make_prompts([63, 64, 65, 129, 1, 20])
-    sampled = [
-        SamplingParams(temperature=1.0, max_tokens=12, seed=i, ignore_eos=True)
-        for i in range(6)
-    ]
+    sampled = [SamplingParams(temperature=1.0, max_tokens=12, seed=i, ignore_eos=True) for i in range(6)]
     for params in ([greedy(12)] * 6, sampled):
-        alone = [
-            tokens_of(LLM(model), [p], [one])[0]
-            for p, one in zip(prompts, params, strict=True)
-        ]
+        alone = [tokens_of(LLM(model), [p], [one])[0] for p, one in zip(prompts, params, strict=True)]
         assert tokens_of(LLM(model, max_num_seqs=6), prompts, params) == alone
-        assert (
-            tokens_of(
-                LLM(model, max_num_seqs=2, max_num_batched_tokens=17), prompts, params
-            )
-            == alone
-        )
+        assert tokens_of(LLM(model, max_num_seqs=2, max_num_batched_tokens=17), prompts, params) == alone
         if params[0].is_greedy:
             assert alone[2] == greedy_by_hand(model, prompts[2], 12)
         else:
@@ -60,14 +47,11 @@ def test_batched_equals_alone(
 
 @pytest.mark.parametrize("draft", ["none", "mtp"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_preemption_gives_the_same_tokens(
-    draft, temperature, drafting_model, make_prompts, tokens_of
-):
+def test_preemption_gives_the_same_tokens(draft, temperature, drafting_model, make_prompts, tokens_of):
     model = drafting_model(FLASH, heads=3, noise=0.1, strength=0.05)
     prompts = make_prompts([50, 40, 3, 100])
     params = [
-        SamplingParams(temperature=temperature, max_tokens=60, seed=i, ignore_eos=True)
-        for i in range(4)
+        SamplingParams(temperature=temperature, max_tokens=60, seed=i, ignore_eos=True) for i in range(4)
     ]
     roomy = LLM(model, draft=draft, max_num_seqs=4)
     tight = LLM(
@@ -97,9 +81,7 @@ def test_stop_tokens(flash, make_prompts, greedy, tokens_of):
     (prompt,) = make_prompts([10])
     (tokens,) = tokens_of(LLM(flash), [prompt], greedy(20))
     wanted = next(i for i in range(3, 20) if tokens[i] not in tokens[:i])
-    params = SamplingParams(
-        temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=[tokens[wanted]]
-    )
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=[tokens[wanted]])
     (output,) = LLM(flash).generate([prompt], params)
     completion = output.outputs[0]
     assert completion.token_ids == tokens[: wanted + 1]
@@ -109,16 +91,12 @@ def test_stop_tokens(flash, make_prompts, greedy, tokens_of):
     )
 
 
-def test_the_models_own_end_token_stops_unless_ignored(
-    random_model, make_prompts, greedy, tokens_of
-):
+def test_the_models_own_end_token_stops_unless_ignored(random_model, make_prompts, greedy, tokens_of):
     (prompt,) = make_prompts([10])
     (tokens,) = tokens_of(LLM(random_model(FLASH)), [prompt], greedy(20))
     model = random_model(FLASH, eos_token_id=[tokens[4], 511])
     end = tokens.index(tokens[4]) + 1
-    (output,) = LLM(model).generate(
-        [prompt], SamplingParams(temperature=0, max_tokens=20)
-    )
+    (output,) = LLM(model).generate([prompt], SamplingParams(temperature=0, max_tokens=20))
     assert output.outputs[0].token_ids == tokens[:end]
     assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == (
         "stop",
@@ -139,9 +117,7 @@ def alphabet(drafting_model, tokenizer):
 @pytest.mark.parametrize("stop", ["m", "kl", "hijklm", "qrst"])
 def test_stop_strings_cut_text_and_tokens(alphabet, stop):
     """Three drafts are right each time, so most of these end inside a verified chunk."""
-    params = SamplingParams(
-        temperature=0, max_tokens=40, ignore_eos=True, stop=["abba", stop]
-    )
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=["abba", stop])
     (output,) = alphabet.generate("a", params)
     completion = output.outputs[0]
     following = "bcdefghijklmnopqrstuvwxyz"
@@ -165,9 +141,7 @@ def test_text_without_a_stop_runs_to_the_length(alphabet):
 
 
 def test_padding_rows_are_never_sampled(talker):
-    params = SamplingParams(
-        temperature=50.0, max_tokens=100, ignore_eos=True, detokenize=False
-    )
+    params = SamplingParams(temperature=50.0, max_tokens=100, ignore_eos=True, detokenize=False)
     outputs = talker.generate([[5]] * 4, params)
     tokens = [token for output in outputs for token in output.outputs[0].token_ids]
     assert max(tokens) < 300
@@ -177,9 +151,7 @@ def test_padding_rows_are_never_sampled(talker):
 
 def test_streams_add_up_to_the_outputs(talker):
     prompts = ["the quick", "the cat sat", [9, 8, 7]]
-    params = SamplingParams(
-        temperature=0, max_tokens=30, ignore_eos=True, stop=["\x00\x01\x02never"]
-    )
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=["\x00\x01\x02never"])
     outputs = talker.generate(prompts, params)
     texts, tokens, ends = [""] * 3, [[], [], []], [0] * 3
     for news in talker.generate_stream(prompts, params):
@@ -207,19 +179,13 @@ def test_leaving_a_stream_early_frees_its_rows(talker, greedy):
 
 def test_raw_logprobs_are_the_plain_forwards(flash, make_prompts):
     (prompt,) = make_prompts([20])
-    params = SamplingParams(
-        temperature=0.7, top_k=5, seed=3, max_tokens=15, logprobs=2, ignore_eos=True
-    )
+    params = SamplingParams(temperature=0.7, top_k=5, seed=3, max_tokens=15, logprobs=2, ignore_eos=True)
     (output,) = LLM(flash).generate([prompt], params)
     completion = output.outputs[0]
     with torch.inference_mode():
-        logits = flash(torch.tensor([[*prompt, *completion.token_ids]])).logits[
-            0, 19:-1
-        ]
+        logits = flash(torch.tensor([[*prompt, *completion.token_ids]])).logits[0, 19:-1]
     reference = logits.log_softmax(-1)
-    for row, entry, token in zip(
-        reference, completion.logprobs, completion.token_ids, strict=True
-    ):
+    for row, entry, token in zip(reference, completion.logprobs, completion.token_ids, strict=True):
         assert next(iter(entry)) == token
         assert 2 <= len(entry) <= 3
         for key, value in entry.items():
@@ -227,19 +193,14 @@ def test_raw_logprobs_are_the_plain_forwards(flash, make_prompts):
             assert value.rank == int((row > row[key]).sum()) + 1
         assert {1, 2} <= {value.rank for value in entry.values()}
     assert completion.token_logprobs == [
-        e[t].logprob
-        for e, t in zip(completion.logprobs, completion.token_ids, strict=True)
+        e[t].logprob for e, t in zip(completion.logprobs, completion.token_ids, strict=True)
     ]
     (plain,) = LLM(flash).generate([prompt], SamplingParams(max_tokens=2))
     assert plain.outputs[0].logprobs is None
 
 
-def test_score_is_the_log_softmax_of_the_plain_forward(
-    flash, make_prompts, monkeypatch
-):
-    monkeypatch.setattr(
-        "sateen.engine.runner.SCORE_NUMBERS", 512 * 10
-    )  # ten rows of logits at once
+def test_score_is_the_log_softmax_of_the_plain_forward(flash, make_prompts, monkeypatch):
+    monkeypatch.setattr("sateen.engine.runner.SCORE_NUMBERS", 512 * 10)  # ten rows of logits at once
     sequences = make_prompts([1, 2, 70, 33, 129, 5])
     scores = LLM(flash, max_num_batched_tokens=64).score(sequences)
     for ids, got in zip(sequences, scores, strict=True):
@@ -251,13 +212,9 @@ def test_score_is_the_log_softmax_of_the_plain_forward(
 
 def test_score_agrees_with_the_logprobs_of_generation(mimo, make_prompts):
     llm = LLM(mimo)
-    (output,) = llm.generate(
-        make_prompts([12]), SamplingParams(max_tokens=20, seed=1, logprobs=0)
-    )
+    (output,) = llm.generate(make_prompts([12]), SamplingParams(max_tokens=20, seed=1, logprobs=0))
     ids = output.prompt_token_ids + output.outputs[0].token_ids
-    assert llm.score([ids])[0][11:] == pytest.approx(
-        output.outputs[0].token_logprobs, abs=1e-5
-    )
+    assert llm.score([ids])[0][11:] == pytest.approx(output.outputs[0].token_logprobs, abs=1e-5)
 
 
 def test_unseeded_requests_differ_and_engines_repeat(flash, tokens_of):
@@ -317,8 +274,8 @@ def test_stats_and_bytes(flash, make_prompts, greedy):
     assert (stats["prompt_tokens"], stats["generated_tokens"]) == (12, 20)
     assert stats["draft"]["emitted"] + 2 <= 20
     assert 1.0 <= stats["acceptance_length"] <= 4.0
-    # fp32; 2 full layers of 1 head with 24 + 16 channels and 4 pages of 64 rows; 4 sliding layers of 2 heads with
-    # 2 rings of 16 + 3 rows; 3 heads of the same with 16 + 6 rows.
+    # fp32; 2 full layers of 1 head with 24 + 16 channels and 4 pages of 64 rows; 4 sliding layers of 2 heads
+    # with 2 rings of 16 + 3 rows; 3 heads of the same with 16 + 6 rows.
     paged, ring, head = 4 * 64 * 40 * 4, 2 * 19 * 80 * 4, 2 * 22 * 80 * 4
     assert stats["allocated_bytes"] == {"paged": 2 * paged, "ring": 4 * ring + 3 * head}
     layers = llm.allocated_layers()
@@ -335,9 +292,7 @@ def test_stats_and_bytes(flash, make_prompts, greedy):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_smaller_cache_dtypes_halve_the_bytes_and_stay_close(
-    dtype, flash, make_prompts
-):
+def test_smaller_cache_dtypes_halve_the_bytes_and_stay_close(dtype, flash, make_prompts):
     prompts = make_prompts([40])
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=0)
     full, half = (
@@ -345,9 +300,7 @@ def test_smaller_cache_dtypes_halve_the_bytes_and_stay_close(
         LLM(flash, max_model_len=128, kv_cache_dtype=dtype),
     )
     (a,), (b,) = full.generate(prompts, params), half.generate(prompts, params)
-    assert half.kv_bytes(128) == {
-        kind: size // 2 for kind, size in full.kv_bytes(128).items()
-    }
+    assert half.kv_bytes(128) == {kind: size // 2 for kind, size in full.kv_bytes(128).items()}
     difference = abs(a.outputs[0].token_logprobs[0] - b.outputs[0].token_logprobs[0])
     assert 0 < difference < 0.05
 
@@ -363,8 +316,8 @@ def test_smaller_cache_dtypes_halve_the_bytes_and_stay_close(
         (
             [1] * 256,
             {},
-            "the prompt has 256 tokens but the context holds 256, one of them generated; shorten the prompt or "
-            "raise max_model_len",
+            "the prompt has 256 tokens but the context holds 256, one of them generated; "
+            + "shorten the prompt or raise max_model_len",
         ),
     ],
 )
@@ -382,9 +335,7 @@ def test_a_model_without_tokenizer_refuses_text(flash):
         match="this model has no tokenizer, so it takes token ids only; got a text",
     ):
         llm.generate("hello")
-    with pytest.raises(
-        RequestError, match="stop strings need a tokenizer and this model has none"
-    ):
+    with pytest.raises(RequestError, match="stop strings need a tokenizer and this model has none"):
         llm.generate([1, 2], SamplingParams(stop="a"))
     with pytest.raises(RequestError, match="2 prompts came with 1 sampling params"):
         llm.generate([[1], [2]], [SamplingParams()])
@@ -447,9 +398,7 @@ def test_engine_settings_are_refused(flash, settings, error, message):
 
 def test_drafting_needs_heads(random_model, make_prompts, greedy):
     model = random_model(MIMO, heads=0)
-    with pytest.raises(
-        ConfigError, match="draft 'mtp' needs MTP heads and this model has none"
-    ):
+    with pytest.raises(ConfigError, match="draft 'mtp' needs MTP heads and this model has none"):
         LLM(model, draft="mtp")
     llm = LLM(model)
     assert llm.num_draft == 0
@@ -473,16 +422,12 @@ def test_the_pool_bounds_the_context_when_none_is_asked_for(flash):
     assert LLM(flash, max_num_seqs=2, max_model_len=100).cache.num_pages == 4
 
 
-def test_a_directory_brings_weights_and_tokenizer(
-    tmp_path, random_model, tokenizer, greedy
-):
+def test_a_directory_brings_weights_and_tokenizer(tmp_path, random_model, tokenizer, greedy):
     model = random_model(FLASH, vocab_size=320)
     model.save(tmp_path / "m")
     tokenizer.save(tmp_path / "m")
     loaded = LLM(tmp_path / "m", max_model_len=64)
     given = LLM(model, tokenizer=tokenizer, max_model_len=64)
-    a, b = (
-        llm.generate("the cat", greedy(10))[0].outputs[0] for llm in (loaded, given)
-    )
+    a, b = (llm.generate("the cat", greedy(10))[0].outputs[0] for llm in (loaded, given))
     assert a.text == b.text
     assert a.token_ids == b.token_ids

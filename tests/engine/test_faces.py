@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 
 import pytest
@@ -14,14 +15,12 @@ from sateen.errors import ConfigError, RequestError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, drafting_model):
-    """A model that says the alphabet, starting over at z; its turn ends never, so `max_tokens` ends it."""
+    """A model that says the alphabet from any letter, and from `a` in a new line; it never ends its turn."""
     tokenizer = Tokenizer.train(["assistant user system "] * 20, 262)
     letters = [tokenizer.token_id(c) for c in "abcdefghijklmnopqrstuvwxyz"]
-    successors = dict(zip(letters, [*letters[1:], letters[0]], strict=True))
+    successors = dict(itertools.pairwise(letters))
     successors[tokenizer.encode("\n")[0]] = letters[0]
-    model = drafting_model(
-        "mimo-v2-flash-tiny", strength=0.0, vocab_size=264, successors=successors
-    )
+    model = drafting_model("mimo-v2-flash-tiny", strength=0.0, vocab_size=264, successors=successors)
     path = tmp_path_factory.mktemp("model")
     model.save(path / "m")
     tokenizer.save(path / "m")
@@ -29,20 +28,20 @@ def folder(tmp_path_factory, drafting_model):
 
 
 def test_generate_prints_the_continuation(folder, capsys):
-    faces.generate(folder, "x", max_tokens=6)
+    faces.generate(folder, "p", max_tokens=6)
     out, err = capsys.readouterr()
-    assert out == "yzabcd\n"
+    assert out == "qrstuv\n"
     assert "6 tokens" in err
     assert "tokens/s" in err
     assert "tokens per pass (drafts accepted: 100%" in err
 
 
 def test_generate_json(folder, capsys):
-    faces.generate(folder, "x", max_tokens=9, draft="mtp", json=True)
+    faces.generate(folder, "p", max_tokens=9, draft="mtp", json=True)
     result = json.loads(capsys.readouterr().out)
     assert (result["prompt"], result["text"], result["finish_reason"]) == (
-        "x",
-        "yzabcdefg",
+        "p",
+        "qrstuvwxy",
         "length",
     )
     assert (result["prompt_tokens"], len(result["token_ids"])) == (1, 9)
@@ -50,7 +49,7 @@ def test_generate_json(folder, capsys):
         "acceptance_length": 4.0,
         "acceptance_by_position": [1.0, 1.0, 1.0],
     }
-    faces.generate(folder, "x", max_tokens=9, draft="none", json=True)
+    faces.generate(folder, "p", max_tokens=9, draft="none", json=True)
     assert json.loads(capsys.readouterr().out)["draft"]["acceptance_by_position"] == []
 
 
@@ -63,9 +62,7 @@ def test_chat_over_a_pipe(folder, capsys, monkeypatch):
         return original(self, messages, *args, **kwargs)
 
     monkeypatch.setattr(Tokenizer, "apply_chat_template", spy)
-    monkeypatch.setattr(
-        "sys.stdin", io.StringIO("hello\nagain\n\n/reset\n/what\nnew\n/quit\nunread\n")
-    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n\n/reset\n/what\nnew\n/quit\nunread\n"))
     faces.chat(folder, max_tokens=3, temperature=0.0)
     out, err = capsys.readouterr()
     # The template ends with "assistant\n", after which this model begins the alphabet.
@@ -90,5 +87,5 @@ def test_a_line_beyond_the_context_is_an_error_in_a_pipe(folder, monkeypatch):
 
 def test_a_model_without_tokenizer_cannot_talk(tmp_path, flash):
     flash.save(tmp_path / "m")
-    with pytest.raises(ConfigError, match="has no tokenizer.json to read text with"):
+    with pytest.raises(ConfigError, match="has no tokenizer[.]json to read text with"):
         faces.generate(str(tmp_path / "m"), "x")

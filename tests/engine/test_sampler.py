@@ -101,9 +101,7 @@ def test_a_seed_fixes_the_draws_whoever_shares_the_batch():
 
 def test_padding_rows_have_no_probability():
     masked = mask_padding(LOGITS, 3)
-    torch.testing.assert_close(
-        masked.softmax(-1)[0], torch.tensor([1 / 7, 4 / 7, 2 / 7, 0])
-    )
+    torch.testing.assert_close(masked.softmax(-1)[0], torch.tensor([1 / 7, 4 / 7, 2 / 7, 0]))
     assert mask_padding(LOGITS, 4) is LOGITS
     assert torch.isfinite(LOGITS).all()
 
@@ -112,9 +110,7 @@ def test_raw_logprobs_with_ranks():
     (row,) = raw_logprobs(LOGITS + 3.0, [2], 2)
     assert list(row) == [2, 1, 3]
     assert [entry.rank for entry in row.values()] == [3, 1, 2]
-    assert [entry.logprob for entry in row.values()] == pytest.approx(
-        [math.log(p) for p in (0.2, 0.4, 0.3)]
-    )
+    assert [entry.logprob for entry in row.values()] == pytest.approx([math.log(p) for p in (0.2, 0.4, 0.3)])
     (only,) = raw_logprobs(LOGITS, [0], 0)
     assert list(only) == [0]
     assert only[0].rank == 4

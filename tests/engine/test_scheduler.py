@@ -33,7 +33,7 @@ def request(number, length, max_new=50, drafts=()):
 
 
 def step(scheduler, drafts=()):
-    """Plans, pretends to compute, appends one token where one is sampled; returns (id, start, count, samples)."""
+    """Plans, pretends to compute and to sample; returns (id, start, count, samples) of each chunk."""
     chunks = scheduler.plan()
     scheduler.cache.forward([c.entry for c in chunks], [c.count for c in chunks])
     for chunk in chunks:

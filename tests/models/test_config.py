@@ -46,7 +46,8 @@ def test_mimo_7b_has_the_published_tensors():
         "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
         "self_attn.q_proj.weight": (D, D), "self_attn.q_proj.bias": (D,),
         "self_attn.k_proj.weight": (1024, D), "self_attn.k_proj.bias": (1024,),
-        "self_attn.v_proj.weight": (1024, D), "self_attn.v_proj.bias": (1024,), "self_attn.o_proj.weight": (D, D),
+        "self_attn.v_proj.weight": (1024, D), "self_attn.v_proj.bias": (1024,),
+        "self_attn.o_proj.weight": (D, D),
         "mlp.gate_proj.weight": (W, D), "mlp.up_proj.weight": (W, D), "mlp.down_proj.weight": (D, W),
     }  # fmt: skip
     for layer in range(36):

@@ -1,4 +1,4 @@
-"""MTP heads against the formulas of their papers, written out in float64; transformers has no class for them."""
+"""MTP heads against the formulas of their papers in float64; transformers has no class for them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def test_mimo_7b_heads_match_the_formulas(build, randomise, tokens, assert_close
     raw = {
         "architectures": ["MiMoForCausalLM"], "model_type": "mimo", "vocab_size": 97, "hidden_size": 32,
         "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 500.0, "attention_bias": True, "hidden_act": "silu",
+        "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 500.0, "attention_bias": True,
+        "hidden_act": "silu",
         "max_window_layers": 3, "use_sliding_window": False, "sliding_window": 32768, "use_mrope": False,
         "max_position_embeddings": 256, "tie_word_embeddings": False, "num_nextn_predict_layers": 2,
     }  # fmt: skip
@@ -134,7 +135,8 @@ def test_mimo_7b_heads_match_the_formulas(build, randomise, tokens, assert_close
         )  # fmt: skip
         y = block_by_hand(
             w, joined @ w["input_proj.weight"].T,
-            N=4, K=2, H=8, V=8, theta=500.0, dim=8, window=None, value_scale=1.0, mlp_norm="post_attention_layernorm",
+            N=4, K=2, H=8, V=8, theta=500.0, dim=8, window=None, value_scale=1.0,
+            mlp_norm="post_attention_layernorm",
         )  # fmt: skip
         hidden = norm(y, w["final_layernorm.weight"])
         assert_close(got.double(), hidden)
@@ -144,7 +146,8 @@ def test_mimo_7b_heads_match_the_formulas(build, randomise, tokens, assert_close
 
 def test_mimo_v2_flash_heads_match_the_formulas(build, randomise, tokens, assert_close, tmp_path):
     shape = {
-        "num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 24, "v_head_dim": 16, "sliding_window": 9,
+        "num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 24, "v_head_dim": 16,
+        "sliding_window": 9,
         "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
     }  # fmt: skip
     theirs = build("MiMoV2FlashConfig", shape)

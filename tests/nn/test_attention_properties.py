@@ -1,6 +1,7 @@
 """Properties that every registered attention kind must have; a kind without specs here fails the suite.
 
-A case is a stack of layers run one after the other, so that a kind which reads an earlier layer brings it along.
+A case is a stack of layers run one after the other, so that a kind which reads an earlier layer brings
+it along.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ BASE = LayerSpec(
 )  # fmt: skip
 FULL = replace(BASE, attention="full_attention")
 SLIDING = replace(BASE, attention="sliding_attention", window=5)
-# Attention kind -> stacks to test, the kind itself last in each; the plain one first, then the switches it has.
+# Attention kind -> stacks to test, the kind itself last in each: the plain one, then the switches it has.
 STACKS: dict[str, list[tuple[LayerSpec, ...]]] = {
     "full_attention": [
         (FULL,),

@@ -173,7 +173,7 @@ def test_balance_loss_by_hand():
     # Two sequences (2 and 1 tokens, an empty one between), 4 experts, one chosen per token.
     scores = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.2, 0.2, 0.2, 0.2], [0.9, 0.3, 0.3, 0.0]])
     ids = torch.tensor([[0], [1], [0]])
-    # First: f = 4/(1*2) * [1, 1, 0, 0], P = mean([.4 .1 .3 .2], [.25 .25 .25 .25]) = [.325 .175 ...] -> 2 * 0.5 = 1.0
+    # First: f = 4/(1*2) * [1, 1, 0, 0]; P, the mean of [.4 .1 ..] and [.25 .25 ..], is [.325 .175 ..]: 1.0.
     # Second: f = 4 * [1, 0, 0, 0], P = [.6 .2 .2 0] -> 2.4; the mean over the two is 1.7.
     cu = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
     assert float(sequence_balance_loss(scores, ids, cu)) == pytest.approx(1.7)

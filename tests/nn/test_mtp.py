@@ -50,7 +50,7 @@ def test_row_t_of_head_k_reads_the_state_of_t_and_the_token_at_t_plus_k_plus_1(n
     before = all_heads(model, ids)
     ids[6] = 99
     for k, rows in enumerate(changed_rows(before, all_heads(model, ids))):
-        # As the state of row 6, as the token of row 5 - k; and, where heads feed each other, as an earlier head's.
+        # As the state of row 6, as the token of row 5 - k; where heads are chained, as an earlier head's too.
         reads = range(5 - k, 7) if FORMS[name] else (5 - k, 6)
         assert rows == [row for row in reads if row < 10 - k - 1]
 

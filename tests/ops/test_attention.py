@@ -212,8 +212,8 @@ def test_tile_maxima_are_raw_scaled_scores(
 
 
 def test_selection_takes_the_group_maximum_of_probabilities_not_of_logits():
-    # Head 0 has large logits and spreads them evenly; head 1 is sure of block 2 at small logits. Ranked by raw
-    # logits the group would keep blocks 0 and 1; by probability it keeps 2 and one of head 0's.
+    # Head 0 has large logits and spreads them evenly; head 1 is sure of block 2 at small logits. Ranked by
+    # raw logits the group would keep blocks 0 and 1; by probability it keeps 2 and one of head 0's.
     maxima = torch.tensor([[[9.0, 8.9, 8.8]], [[-3.0, -4.0, 1.0]]])
     lse = torch.tensor([[10.1], [1.1]])
     assert ops.select_blocks(maxima, lse, num_kv_heads=1, num_blocks=1).tolist() == [[[2]]]

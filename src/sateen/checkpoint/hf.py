@@ -23,7 +23,8 @@ from torch import Tensor
 from sateen.errors import CheckpointError, ConfigError, nearest
 from sateen.models.base import Entry, ModelConfig
 from sateen.models.decoder import Decoder
-from sateen.models.registry import PRESETS, family, preset
+from sateen.models.presets import PRESETS
+from sateen.models.registry import family, preset
 from sateen.nn.moe import Router
 
 log = logging.getLogger("sateen.checkpoint")
@@ -104,8 +105,8 @@ def open_shard(file: Path) -> Any:
 
 
 def parameter_entries(model: Decoder) -> Iterator[tuple[str, Tensor, Entry]]:
-    """For each tensor a checkpoint of this model holds: our name, our tensor, and where the checkpoint keeps it."""
-    entries = family(model.config.raw | {"model_type": model.config.model_type}, "config.json").entries
+    """For each tensor a checkpoint of this model holds: our name, our tensor, and its place there."""
+    entries = family({"model_type": model.config.model_type}, "config.json").entries
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
@@ -129,7 +130,7 @@ def load(
         device: where parameters go; `meta` checks names and shapes without reading data.
 
     Raises:
-        CheckpointError: unknown or missing tensors, shapes that do not fit, damaged files, unsupported dtypes.
+        CheckpointError: unknown or missing tensors, wrong shapes, damaged files, unsupported dtypes.
     """
     where = shards(folder)
     config = ModelConfig.from_hf(read_config(folder), tensor_names=where, origin=str(folder / "config.json"))
@@ -153,9 +154,8 @@ def _mismatch(unknown: list[str], missing: list[str]) -> str:
 
     parts = []
     if unknown:
-        parts.append(
-            f"{len(unknown)} tensors the config does not account for: {some(unknown)}{nearest(unknown[0], missing)}"
-        )
+        hint = nearest(unknown[0], missing)
+        parts.append(f"{len(unknown)} tensors the config does not account for: {some(unknown)}{hint}")
     if missing:
         parts.append(f"{len(missing)} tensors are missing: {some(missing)}")
     return "; ".join(parts) + "; the config and the tensors do not belong together"
@@ -184,7 +184,8 @@ def _fill(
                 view = shard.get_slice(key)
                 if tuple(view.get_shape()) != tuple(shape):
                     raise CheckpointError(
-                        f"{file}: {key} has shape {tuple(view.get_shape())}, the config asks for {tuple(shape)}"
+                        f"{file}: {key} has shape {tuple(view.get_shape())}, "
+                        f"the config asks for {tuple(shape)}"
                     )
                 if view.get_dtype() not in ("F64", "F32", "BF16", "F16"):
                     raise CheckpointError(
@@ -216,7 +217,8 @@ def load_model(
 
     Args:
         path_or_preset: what to load.
-        dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the stored dtypes (presets: float32).
+        dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the stored ones (presets:
+            float32).
         device: torch device; `meta` builds without data.
 
     Raises:
@@ -245,7 +247,8 @@ def _from_preset(name: str, dtype: torch.dtype, device: torch.device) -> Decoder
     free = free_bytes(device)
     if size > free / 2:
         raise CheckpointError(
-            f"preset {name} needs {size / 2**30:.1f} GiB in {dtype}, more than half of the {free / 2**30:.1f} GiB free; "
+            f"preset {name} needs {size / 2**30:.1f} GiB in {dtype}, more than half of the "
+            f"{free / 2**30:.1f} GiB free; "
             'use device="meta" to look at it without data'
         )
     routers = _float32_names(model)
@@ -274,7 +277,8 @@ def save(model: Decoder, folder: str | Path, *, carry_from: str | Path | None = 
 
     Args:
         folder: replaced once the new one is complete, if it exists and holds a model or nothing.
-        carry_from: directory whose `CARRIED` files (tokenizer, template) come along; the model's own source if None.
+        carry_from: directory whose `CARRIED` files (tokenizer, template) come along; the model's own
+            source if None.
 
     Raises:
         CheckpointError: `folder` holds something else, which replacing would delete.

@@ -74,7 +74,7 @@ class Checkpoint:
 
     def _damaged(self, name: str, why: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder / name} is damaged ({why}); delete {self.folder} to resume from the checkpoint before it"
+            f"{self.folder / name} is damaged ({why}); delete {self.folder} to resume from the one before it"
         )
 
 
@@ -121,7 +121,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise CheckpointError(
-            f"{final} could not be written ({error}); older checkpoints are untouched: free some space and resume"
+            f"{final} could not be written ({error}); older ones are untouched: free some space and resume"
         ) from error
     for old in _visible(root)[:-keep]:
         if old != final:
@@ -189,7 +189,7 @@ def _visible(root: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Hides a checkpoint in one step before deleting it, so that a kill in between leaves no half of it visible."""
+    """Deletes a checkpoint; it is hidden in one step first, so that a kill leaves no half of it visible."""
     hidden = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)

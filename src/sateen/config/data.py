@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sateen.config.base import Config, FilePath, NonNegative, Positive, one_of, problem
+from sateen.config.base import Config, FilePath, Fraction, NonNegative, Positive, one_of, problem
 
 
 class ModelSource(Config):
@@ -70,23 +70,29 @@ class PythonDocsSource(Source):
 
     Attributes:
         path: folder of the library's sources; those of the Python that runs when not given.
+        heldout_share: share of the documents kept for evaluation (source: ours).
     """
 
     kind: Literal["python_docs"] = "python_docs"
     path: FilePath | None = None
+    heldout_share: Fraction = 0.05
 
 
 class TextDirSource(Source):
     """Text files under a directory: one document per file, or per line of a `.jsonl` file.
 
     Attributes:
-        path: the directory.
-        glob: which of its files are read.
+        path: the directory, or a single file.
+        suffixes: which files of the directory are read.
+        field: the key of a `.jsonl` line's text.
+        heldout_share: share of the documents kept for evaluation (source: ours).
     """
 
     kind: Literal["text_dir"] = "text_dir"
     path: FilePath
-    glob: str = "**/*.txt"
+    suffixes: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = (".txt", ".md", ".py", ".jsonl")
+    field: str = "text"
+    heldout_share: Fraction = 0.05
 
 
 class TaskSource(Source):

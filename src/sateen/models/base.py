@@ -1,7 +1,7 @@
 """`ModelConfig`: a `config.json`, read once into the specs that modules are built from.
 
-The dictionary stays the only model config: it is kept as it came and written back untouched. Families translate
-its words into `LayerSpec`s; nothing below a family reads the dictionary.
+The dictionary stays the only model config: it is kept as it came and written back untouched. Families
+translate its words into `LayerSpec`s; nothing below a family reads the dictionary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from sateen.errors import ConfigError, nearest
 from sateen.nn.spec import KVLayout, LayerSpec, MTPSpec
@@ -23,13 +23,14 @@ NEUTRAL_KEYS = frozenset(
     "_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype "
     "eos_token_id id2label initializer_range is_encoder_decoder label2id max_position_embeddings model_type "
     "output_attentions output_hidden_states pad_token_id problem_type pretraining_tp return_dict torch_dtype "
-    "transformers_version use_cache vocab_size hidden_size num_hidden_layers tie_word_embeddings sep_token_id "
-    "output_router_logits router_aux_loss_coef".split()
+    "transformers_version use_cache vocab_size hidden_size num_hidden_layers tie_word_embeddings "
+    "sep_token_id output_router_logits router_aux_loss_coef".split()
 )
 
 
-class Entry(NamedTuple):
-    """Where a tensor of a checkpoint lives in the model: the whole parameter, or one index of its first axis."""
+@dataclass(frozen=True)
+class Entry:
+    """Where a checkpoint's tensor lives in the model: the whole parameter, or one index of its first axis."""
 
     name: str
     index: int | None
@@ -88,13 +89,13 @@ class ModelConfig:
 
         Args:
             raw: the dictionary of `config.json`.
-            tensor_names: the checkpoint's tensor names; they tell the number of MTP heads where the config does
-                not (`num_nextn_predict_layers` is missing).
+            tensor_names: the checkpoint's tensor names; they tell the number of MTP heads where the config
+                does not (`num_nextn_predict_layers` is missing).
             origin: where the dictionary came from, for messages.
 
         Raises:
-            ConfigError: unknown model_type, a missing key, or a key that looks misspelt. Keys that resemble none
-                of ours are kept, not used, and named in one log line.
+            ConfigError: unknown model_type, a missing key, or a key that looks misspelt. Keys that resemble
+                none of ours are kept, not used, and named in one log line.
         """
         from sateen.models.registry import family
 

@@ -1,7 +1,7 @@
 """The decoder that every text model is: embedding, layers, final norm, output matrix, MTP heads.
 
-One packed forward serves training, prefill and decode. Module names are the checkpoint's names. Shape letters:
-T packed tokens, B sequences, D hidden size, V vocabulary.
+One packed forward serves training, prefill and decode. Module names are the checkpoint's names. Shape
+letters: T packed tokens, B sequences, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), seq, cache, links)
         normed = self.post_attention_layernorm(x_TD)
-        return x_TD + (self.mlp(normed, seq, links) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        out: Tensor = x_TD + (self.mlp(normed, seq, links) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        return out
 
 
 class Trunk(nn.Module):

@@ -113,8 +113,9 @@ def _row_bytes(config: ModelConfig, size: int) -> list[dict[str, Any]]:
 def kv_bytes(config: ModelConfig, context: int, size: int) -> dict[str, Any]:
     """Bytes of one sequence's cache; a ring counts its window's rows exactly, and no more than the context.
 
-    `all_full_bytes` is the same trunk with the model's own full-attention layer everywhere, and `ratio` what the
-    trunk saves against it; both are None where no layer keeps all rows. MTP heads are counted apart.
+    `all_full_bytes` is the same trunk with the model's own full-attention layer everywhere, and `ratio`
+    what the trunk saves against it; both are None where no layer keeps all rows. MTP heads are counted
+    apart.
     """
     trunk, heads = ([(row.rows(context), row.row_elements) for row in rows] for rows in _layouts(config))
     in_trunk = sum(rows * elements for rows, elements in trunk) * size

@@ -1,8 +1,8 @@
 """MiMo-V2-Flash: sliding and full attention, sinks, a mixture of experts and MTP heads.
 
-Reads both spellings of its config: the hub's (`hybrid_layer_pattern`, `swa_*`, a window of *earlier* keys) and
-transformers' (`layer_types`, `rope_parameters`, a window that counts the query's own key). Source: arXiv
-2601.02780 §2, Table 1; the released checkpoint's tensor names.
+Reads both spellings of its config: the hub's (`hybrid_layer_pattern`, `swa_*`, a window of *earlier*
+keys) and transformers' (`layer_types`, `rope_parameters`, a window that counts the query's own key).
+Source: arXiv 2601.02780 §2, Table 1; the released checkpoint's tensor names.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sateen.nn.spec import LayerSpec, MoESpec, MTPSpec
 
 KEYS = frozenset(
     "add_full_attention_sink_bias add_swa_attention_sink_bias attention_bias attention_chunk_size "
-    "attention_value_scale head_dim hidden_act hybrid_block_size hybrid_layer_pattern intermediate_size layer_types "
-    "layernorm_epsilon mlp_layer_types moe_intermediate_size moe_layer_freq n_group n_routed_experts "
-    "n_shared_experts norm_topk_prob num_attention_heads num_experts_per_tok num_key_value_heads "
-    "num_local_experts num_nextn_predict_layers partial_rotary_factor rms_norm_eps rope_parameters rope_scaling "
-    "rope_theta routed_scaling_factor scoring_func sliding_window sliding_window_size swa_head_dim "
-    "swa_num_attention_heads swa_num_key_value_heads swa_rope_theta swa_v_head_dim topk_group topk_method "
-    "v_head_dim quantization_config mtp_intermediate_size".split()
+    "attention_value_scale head_dim hidden_act hybrid_block_size hybrid_layer_pattern intermediate_size "
+    "layer_types layernorm_epsilon mlp_layer_types moe_intermediate_size moe_layer_freq n_group "
+    "n_routed_experts n_shared_experts norm_topk_prob num_attention_heads num_experts_per_tok "
+    "num_key_value_heads num_local_experts num_nextn_predict_layers partial_rotary_factor rms_norm_eps "
+    "rope_parameters rope_scaling rope_theta routed_scaling_factor scoring_func sliding_window "
+    "sliding_window_size swa_head_dim swa_num_attention_heads swa_num_key_value_heads swa_rope_theta "
+    "swa_v_head_dim topk_group topk_method v_head_dim quantization_config mtp_intermediate_size".split()
 )
 NAMES = MappingProxyType(
     {
@@ -76,8 +76,8 @@ def _moe_flags(raw: Mapping[str, Any]) -> list[bool]:
 def _window(raw: Mapping[str, Any]) -> int:
     """Keys a sliding query sees, its own included.
 
-    The hub's number counts earlier keys only: the vendor's reference server (SGLang) masks that way, so 128 is 129
-    keys. transformers' `sliding_window` already includes the query's key.
+    The hub's number counts earlier keys only: the vendor's reference server (SGLang) masks that way, so
+    128 is 129 keys. transformers' `sliding_window` already includes the query's key.
     """
     if raw.get("sliding_window_size") is not None:
         return int(raw["sliding_window_size"]) + 1
@@ -126,8 +126,9 @@ def _layer(raw: Mapping[str, Any], index: int, slides: bool, moe: MoESpec | None
 def mtp(config: ModelConfig, num_heads: int) -> MTPSpec:
     """`num_heads` heads with the geometry of a sliding layer and a dense MLP.
 
-    The paper does not print the MLP's width; 0.33B parameters per head force `intermediate_size`. Small models
-    may set `mtp_intermediate_size` (ours). A model without sliding layers gets full attention in its heads.
+    The paper does not print the MLP's width; 0.33B parameters per head force `intermediate_size`. Small
+    models may set `mtp_intermediate_size` (ours). A model without sliding layers gets full attention in
+    its heads.
     """
     slides = any(spec.attention == "sliding_attention" for spec in config.specs)
     layer = _layer(config.raw, config.num_hidden_layers, slides, None)

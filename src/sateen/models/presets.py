@@ -1,7 +1,8 @@
 """Config dictionaries by name: the published models, and small ones of the same structure.
 
-Sources: `mimo-7b` arXiv 2505.07608 §2.2 and its config.json; `mimo-v2-flash` arXiv 2601.02780 Table 1 and its
-config.json, where `num_nextn_predict_layers` is ours (the released file leaves the three heads to be counted).
+Sources: `mimo-7b` arXiv 2505.07608 §2.2 and its config.json; `mimo-v2-flash` arXiv 2601.02780 Table 1
+and its config.json, where `num_nextn_predict_layers` is ours (the released file leaves the three heads
+to be counted).
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class MoE(nn.Module):
         # Back to token order by the inverse permutation: a gather sums in a fixed order, index_add would not.
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(T * A, device=order.device))
         per_token_TAD = outputs.index_select(0, inverse).view(T, A, -1)
-        return (per_token_TAD * weights_TA.to(outputs.dtype).unsqueeze(-1)).sum(1)
+        out: Tensor = (per_token_TAD * weights_TA.to(outputs.dtype).unsqueeze(-1)).sum(1)
+        return out
 
 
 def sequence_balance_loss(scores_TE: Tensor, ids_TA: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -129,4 +130,4 @@ def update_router_bias(router: Router, counts_E: Tensor, rate: float) -> None:
     Source: the rate is MiMo-V2-Flash §3.2; the sign rule is DeepSeek-V3 §2.1.2, ours.
     """
     counts = counts_E.to(router.e_score_correction_bias.dtype)
-    router.e_score_correction_bias += rate * (counts.mean() - counts).sign()
+    router.e_score_correction_bias.add_((counts.mean() - counts).sign(), alpha=rate)

@@ -1,8 +1,9 @@
 """Multi-token prediction heads in the two published forms.
 
-Head k (from 0) joins the hidden state of row t with the embedding of token t+k+1 and predicts token t+k+2. The
-heads of MiMo-7B (arXiv 2505.07608 §2.2) put the hidden state first and feed each other; those of MiMo-V2-Flash
-(arXiv 2601.02780 §2.3.2) put the embedding first and all read the trunk. Both read it before the final norm.
+Head k (from 0) joins the hidden state of row t with the embedding of token t+k+1 and predicts token
+t+k+2. The heads of MiMo-7B (arXiv 2505.07608 §2.2) put the hidden state first and feed each other; those
+of MiMo-V2-Flash (arXiv 2601.02780 §2.3.2) put the embedding first and all read the trunk. Both read it
+before the final norm.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sateen.nn.spec import MTPSpec
 class MTPHead(nn.Module):
     """One head: two norms, a joining projection, a decoder block and its own final norm.
 
-    The embedding and output matrices are the trunk's. Tensor names follow the checkpoint through `spec.names`.
+    The embedding and output matrices are the trunk's. Tensor names follow the checkpoint (`spec.names`).
     """
 
     def __init__(self, hidden_size: int, eps: float, spec: MTPSpec, index: int):
@@ -55,7 +56,7 @@ class MTPHead(nn.Module):
         cache: LayerCache | None,
         links: LayerLinks,
     ) -> Tensor:
-        """The normed output [T, D]: input of the output matrix, and of the next head where heads are chained."""
+        """The normed output [T, D]: input of the output matrix, and of the next head if heads are chained."""
         x = self.join(hidden_TD, embedding_TD)
         x = x + self.self_attn(self.input_layernorm(x), seq, cache, links)
         x = x + self.mlp(self._named("mlp_norm")(x))

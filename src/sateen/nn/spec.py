@@ -1,7 +1,7 @@
 """What may differ from layer to layer, as plain frozen dataclasses.
 
-`models` builds these from `config.json`; `nn` builds modules from them; the engine allocates caches from them.
-Nothing here imports torch.
+`models` builds these from `config.json`; `nn` builds modules from them; the engine allocates caches from
+them. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class MTPSpec:
         num_heads: heads; head k (from 0) at position t reads the embedding of token t+k+1 and predicts t+k+2.
         layer: the block inside each head.
         order: which half of the joined input comes first: `hidden` (MiMo-7B) or `embedding` (MiMo-V2-Flash).
-        is_chained: head k reads the output of head k-1 (MiMo-7B); otherwise all read the trunk's hidden state.
+        is_chained: head k reads the output of head k-1 (MiMo-7B); otherwise all read the trunk's state.
         path: module path of the list of heads inside `model`, as the checkpoint spells it.
         names: the four tensors around the block, our word -> the checkpoint's word.
     """

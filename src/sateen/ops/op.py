@@ -1,8 +1,9 @@
 """One operator, several backends: what `ops.attention(..., backend=...)` resolves to.
 
-An `Op` owns its reference (plain torch, the truth) and the backends that registered themselves. `auto` takes
-the first backend that can run the call, in the order of their priority, and logs each decision once. A backend
-asked for by name runs or raises `BackendUnavailable`; nothing is swapped behind the caller's back.
+An `Op` owns its reference (plain torch, the truth) and the backends that registered themselves. `auto`
+takes the first backend that can run the call, in the order of their priority, and logs each decision
+once. A backend asked for by name runs or raises `BackendUnavailable`; nothing is swapped behind the
+caller's back.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def build_report(folder: Path) -> Path:
     """The path of `report.html`, written in one piece into the folder.
 
     Args:
-        folder: a run folder, or a demo's folder with `evaluation.json` and the runs `hybrid` and `twin`. What is
-            absent is named in the page.
+        folder: a run folder, or a demo's folder with `evaluation.json` and the runs `hybrid` and
+            `twin`. What is absent is named in the page.
 
     Raises:
         ReportError: the folder is neither, or one of its files cannot be read.
@@ -48,8 +48,8 @@ def build_report(folder: Path) -> Path:
         parts = run_sections(run)
     else:
         raise ReportError(
-            f"{folder}: neither a run folder ({METRICS_FILE}, {SETTINGS}) nor a finished demo ({EVALUATION}); "
-            "give the folder that `sateen train` or `sateen demo` wrote"
+            f"{folder}: neither a run folder ({METRICS_FILE}, {SETTINGS}) nor a finished demo "
+            f"({EVALUATION}); give the folder that `sateen train` or `sateen demo` wrote"
         )
     path = folder / REPORT
     write_atomically(path, page(title, subtitle, parts))

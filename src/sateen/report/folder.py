@@ -1,7 +1,7 @@
 """What a run folder tells a report: its curves, the borders of its stages, its expert loads and its receipt.
 
-Files are read as they are found; what is absent comes back empty and the page says that it is missing. A file that
-is there and cannot be read is an error.
+Files are read as they are found; what is absent comes back empty and the page says that it is missing. A file
+that is there and cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sateen.train.metrics import METRICS_FILE, read_metrics
 
 SETTINGS = "run.toml"
 RECEIPT = "receipt.json"
-# The first of these a step has is the loss of its main task; the last stages of a recipe may have other parts.
+# The first of these a step has is its main loss; the last stages of a recipe may have other parts.
 MAIN_LOSS = ("loss_main", "loss_ce")
 
 Curve = list[tuple[float, float]]
@@ -75,16 +75,14 @@ class RunFolder:
         try:
             return read_metrics(self.path)
         except ValueError as error:
-            raise ReportError(
-                f"{self.path / METRICS_FILE}: a line is not valid JSON: {error}"
-            ) from None
+            raise ReportError(f"{self.path / METRICS_FILE}: a line is not valid JSON: {error}") from None
 
     @cached_property
     def stages(self) -> list[tuple[str, float]]:
         """`(stage, tokens at its end)` in order, from `run.toml`, cut at the tokens trained so far.
 
-        Without settings the borders are where the metrics change their stage, which cannot tell two stages of one
-        name apart.
+        Without settings the borders are where the metrics change their stage, which cannot tell two stages of
+        one name apart.
         """
         tokens = [finite(line.get("tokens")) for line in self.metrics]
         last = max((t for t in tokens if t is not None), default=0)
@@ -111,11 +109,7 @@ class RunFolder:
         """The resolved recipe, empty without `run.toml`."""
         file = self.path / SETTINGS
         try:
-            return (
-                tomllib.loads(file.read_text(encoding="utf-8"))
-                if file.is_file()
-                else {}
-            )
+            return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         except tomllib.TOMLDecodeError as error:
             raise ReportError(f"{file}: not valid TOML: {error}") from None
 
@@ -147,19 +141,11 @@ class RunFolder:
         try:
             with np.load(file, allow_pickle=False) as saved:
                 counts, steps = saved["train__counts"], saved["train__steps"]
-                meta = (
-                    json.loads(str(saved["train__meta"]))
-                    if "train__meta" in saved
-                    else {}
-                )
+                meta = json.loads(str(saved["train__meta"])) if "train__meta" in saved else {}
         except (KeyError, ValueError, OSError) as error:
             raise ReportError(f"{file}: not an expert-load trace: {error}") from None
         layers = meta.get("layers", list(range(counts.shape[1])))
-        return (
-            ExpertLoad(steps, counts.astype(np.float64), layers)
-            if counts.size
-            else None
-        )
+        return ExpertLoad(steps, counts.astype(np.float64), layers) if counts.size else None
 
 
 def read_json(file: Path) -> Mapping[str, Any]:
@@ -173,7 +159,5 @@ def read_json(file: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise ReportError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(table, dict):
-        raise ReportError(
-            f"{file}: should hold a JSON object, not {type(table).__name__}"
-        )
+        raise ReportError(f"{file}: should hold a JSON object, not {type(table).__name__}")
     return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from sateen.receipt.markdown import number
@@ -34,49 +35,14 @@ def _variables(column: int) -> str:
     return "".join(f"--{name}:{pair[column]};" for name, pair in COLOURS.items())
 
 
-STYLE = f"""
-:root{{color-scheme:light dark;{_variables(0)}--card:#ffffff;--tint:#f1f2f6;--badtint:#fdecea}}
-@media (prefers-color-scheme:dark){{:root{{{_variables(1)}--card:#1c212c;--tint:#232936;--badtint:#3a1f1f}}}}
-*{{box-sizing:border-box}}
-body{{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}}
-main,header{{max-width:60rem;margin:0 auto;padding:0 1rem}}
-header{{padding-top:1.5rem}} h1{{margin:0;font-size:1.7rem;line-height:1.2}} header p{{margin:.3rem 0 0;color:var(--muted)}}
-h2{{margin:2.4rem 0 .6rem;font-size:1.25rem}} h3{{margin:1.2rem 0 .4rem;font-size:1rem}}
-.cards{{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:.75rem;margin:1.2rem 0 0;padding:0;list-style:none}}
-.cards li{{background:var(--card);border:1px solid var(--grid);border-radius:.6rem;padding:.7rem .9rem}}
-.cards .what,.cards .note{{display:block;font-size:.83rem;color:var(--muted)}}
-.cards .value{{display:block;font-size:1.7rem;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}}
-figure{{margin:.6rem 0 1.2rem;background:var(--card);border:1px solid var(--grid);border-radius:.6rem;padding:.7rem}}
-figure svg{{display:block;width:100%;height:auto;max-width:46rem;margin:0 auto}} svg text{{font-family:inherit}}
-svg image{{image-rendering:pixelated}}
-figcaption,caption,.plain{{font-size:.88rem;color:var(--muted)}} figcaption{{margin-top:.5rem}}
-.scroll{{overflow-x:auto;margin:.6rem 0 1.2rem}} .scroll:focus{{outline:2px solid var(--hybrid)}}
-table{{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}}
-caption{{text-align:left;padding:.2rem 0}} th,td{{padding:.35rem .6rem;border-bottom:1px solid var(--grid);text-align:right;vertical-align:top}}
-th:first-child,td:first-child{{text-align:left}} thead th{{color:var(--muted);font-weight:600}} tbody th{{font-weight:500}}
-table.text th,table.text td{{text-align:left;overflow-wrap:anywhere}}
-.two{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:.75rem}} .two>*{{min-width:0}}
-.layers{{display:flex;flex-wrap:wrap;gap:.3rem;margin:.3rem 0 .6rem;padding:0;list-style:none}}
-.layers li{{flex:1 1 3.6rem;max-width:9rem;border-radius:.35rem;padding:.25rem .4rem;font-size:.78rem;line-height:1.3;border:1px solid var(--kind);border-top:.45rem solid var(--kind);background:var(--card)}}
-.layers b{{display:block;font-weight:600}} .layers .moe{{border-bottom:.45rem double var(--ink)}}
-.layers.many{{gap:.15rem}} .layers.many li{{flex:0 1 2.6rem;font-size:.7rem;padding:.1rem .2rem}}
-.bad{{border-left:.35rem solid var(--bad);background:var(--badtint);border-radius:.4rem;padding:.2rem .8rem}}
-.bad td,.bad th{{color:var(--bad)}} .bad thead th,.bad caption{{color:var(--ink)}}
-.missing{{color:var(--muted);border:1px dashed var(--grid);border-radius:.4rem;padding:.4rem .7rem;font-size:.9rem}}
-details{{border:1px solid var(--grid);border-radius:.5rem;background:var(--card);margin:.5rem 0;padding:.1rem .8rem}}
-summary{{cursor:pointer;padding:.4rem 0;font-weight:550;overflow-wrap:anywhere}}
-pre{{background:var(--tint);border-radius:.4rem;padding:.6rem;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere;font:.83rem/1.45 ui-monospace,Menlo,Consolas,monospace;margin:.3rem 0 .8rem}}
-@media print{{details{{break-inside:avoid}} figure,.cards li{{break-inside:avoid}}}}
-"""
+STYLE = f":root{{{_variables(0)}}}@media(prefers-color-scheme:dark){{:root{{{_variables(1)}}}}}" + Path(
+    __file__
+).with_name("style.css").read_text(encoding="utf-8")
 
 
 def finite(value: Any) -> float | int | None:
-    """The value when it is a finite number, else None: what could not be measured is not shown as a number."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-    ):
+    """The value when it is a finite number, else None: what was not measured is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return value
 

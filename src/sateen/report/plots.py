@@ -1,103 +1,32 @@
-"""Plots of a report as SVG text that is placed into its page: no file, no window, no outside reference.
-
-Colours come from the page's palette and are rewritten to its variables; identifiers get the plot's name in front,
-because all plots share one document.
-"""
+"""Plots of a report as SVG text: curves, bars, stacks, groups and heat maps."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
-from sateen.report.page import COLOURS, text
+from sateen.report.drawing import INK, drawing, short
 
-WIDTH = 5.4  # inches; 389 units wide, so that 9 pt text stays readable on a phone
 MAX_POINTS = 400  # per curve: a screen shows no more, and the page stays small
+SMOOTH_SHARE = 30  # an average reaches over 1/30 of its stage on either side
+MAX_MARKED = 30  # curves of more points have no markers
 LINE_STYLES = ("-", "--", ":", "-.")
-
-INK = {name: light for name, (light, _) in COLOURS.items()}
-_RC = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": INK["grid"],
-    "grid.linewidth": 0.6,
-    "text.color": INK["ink"],
-    "axes.edgecolor": INK["muted"],
-    "axes.labelcolor": INK["ink"],
-    "xtick.color": INK["muted"],
-    "ytick.color": INK["muted"],
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "hatch.linewidth": 0.6,
-}
 
 Points = Sequence[tuple[float, float]]
 
 
-@contextmanager
-def _drawing(
-    name: str, alt: str, height: float, rows: int = 1
-) -> Iterator[tuple[list[Axes], list[str]]]:
-    """Axes to draw on, and a list that holds the SVG text afterwards."""
-    out: list[str] = []
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.subplots(rows, 1, sharex=rows > 1, squeeze=False)[:, 0].tolist()
-        yield axes, out
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None},
-        )
-    out.append(_inline(buffer.getvalue(), name, alt))
-
-
-def _inline(svg: str, name: str, alt: str) -> str:
-    """An SVG file as an element of an HTML page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->",
-        "",
-        svg,
-        flags=re.DOTALL,
-    )
-    view = re.search(r'viewBox="([^"]*)"', svg)
-    assert view is not None
-    opening = f'<svg viewBox="{view[1]}" role="img" aria-label="{text(alt)}">'
-    svg = re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"\s*font-family: [^;\"]*;?", "", svg)
-    svg = re.sub(r"\n\s*", " ", svg)
-    for colour, value in INK.items():
-        svg = svg.replace(value, f"var(--{colour})")
-    return svg
-
-
-def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    """The exponential average of a curve, each new value counting `weight`, without a pull to zero at the start."""
-    average, total, out = 0.0, 0.0, []
-    for value in values:
-        average = (1 - weight) * average + weight * value
-        total = (1 - weight) * total + weight
-        out.append(average / total)
-    return out
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """The mean of each value and up to `reach` neighbours on either side, equally many."""
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    at = np.arange(len(values))
+    near = np.minimum(reach, np.minimum(at, len(values) - 1 - at))
+    means: list[float] = ((sums[at + near + 1] - sums[at - near]) / (2 * near + 1)).tolist()
+    return means
 
 
 def thinned(points: Points) -> list[tuple[float, float]]:
@@ -106,9 +35,7 @@ def thinned(points: Points) -> list[tuple[float, float]]:
     if size < 2:
         return list(points)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        (sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups
-    ]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def curves(
@@ -122,7 +49,7 @@ def curves(
     is_smooth: bool = True,
     is_log: bool = False,
 ) -> str:
-    """Curves over trained tokens: the raw one faint, its average strong, numbered stages between dotted lines.
+    """Curves over trained tokens: the raw one faint, its average strong, stages numbered.
 
     Args:
         series: label -> (tokens, value) in order; only finite values.
@@ -132,7 +59,7 @@ def curves(
         is_smooth: draw the raw curve and its average; otherwise the points as they are.
         is_log: logarithmic vertical axis.
     """
-    with _drawing(name, alt, 2.7) as ([axes], out):
+    with drawing(name, alt, 2.7) as ([axes], out):
         for index, (what, points) in enumerate(series.items()):
             style: dict[str, Any] = {
                 "color": INK[colours[index % len(colours)]],
@@ -154,31 +81,28 @@ def curves(
                 linewidth=0.8,
             )
             for part_index, part in enumerate(_parts(points, borders)):
-                weight = max(0.05, min(1.0, 10 / len(part)))
-                average = smoothed([y for _, y in part], weight)
+                average = smoothed([y for _, y in part], max(1, len(part) // SMOOTH_SHARE))
                 strong = thinned(list(zip((x for x, _ in part), average, strict=True)))
                 shown_as = what if part_index == 0 else None
-                axes.plot(
-                    *zip(*strong, strict=True), linewidth=1.8, label=shown_as, **style
-                )
+                axes.plot(*zip(*strong, strict=True), linewidth=1.8, label=shown_as, **style)
         for end in borders[:-1]:
             axes.axvline(end, color=INK["muted"], linewidth=0.8, linestyle=":")
         if len(borders) > 1:
-            for number, (start, end) in enumerate(
-                zip([0, *borders[:-1]], borders, strict=True), start=1
-            ):
+            for number, (start, end) in enumerate(zip([0, *borders[:-1]], borders, strict=True), start=1):
                 axes.text(
                     (start + end) / 2, 1.01, str(number), transform=axes.get_xaxis_transform(),
                     ha="center", va="bottom", fontsize=8, color=INK["muted"],
                 )  # fmt: skip
         if is_log:
             axes.set_yscale("log")
-        axes.set_xlim(left=0)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.set_xlim(0, borders[-1] if borders else None)
         axes.set_xlabel("tokens trained")
         axes.set_ylabel(label)
         axes.xaxis.set_major_formatter(FuncFormatter(short))
         axes.yaxis.set_major_formatter(FuncFormatter(short))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="x", visible=False)
         if len(series) > 1:
             axes.legend(loc="best")
     return out[0]
@@ -191,19 +115,9 @@ def _parts(points: Points, borders: Sequence[float]) -> list[Points]:
     return [part for part in parts if part]
 
 
-def short(value: float, _position: int | None = None) -> str:
-    """A tick's number: 0.05, 12, 300k, 1.2M."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def bars(
-    name: str, alt: str, rows: Sequence[tuple[str, float, str]], *, label: str
-) -> str:
+def bars(name: str, alt: str, rows: Sequence[tuple[str, float, str]], *, label: str) -> str:
     """Horizontal bars, one per (what, value, colour), with their values written out."""
-    with _drawing(name, alt, 0.7 + 0.3 * len(rows)) as ([axes], out):
+    with drawing(name, alt, 0.7 + 0.3 * len(rows)) as ([axes], out):
         places = range(len(rows), 0, -1)
         axes.barh(
             places,
@@ -212,7 +126,7 @@ def bars(
             height=0.68,
         )
         for place, (_, value, _) in zip(places, rows, strict=True):
-            axes.text(value, place, f" {value:.3g}", va="center", ha="left")
+            axes.annotate(f"{value:.3g}", (value, place), (3, 0), textcoords="offset points", va="center")
         axes.set_yticks(list(places), [what for what, _, _ in rows], color=INK["ink"])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, 1.12 * max(v for _, v, _ in rows) or 1)
@@ -230,7 +144,7 @@ def stacks(
     Args:
         unit: writes a row's total for people.
     """
-    with _drawing(name, alt, 0.75 + 0.5 * len(rows)) as ([axes], out):
+    with drawing(name, alt, 0.75 + 0.5 * len(rows)) as ([axes], out):
         totals = [sum(value for _, _, value in parts) for parts in rows.values()]
         longest = max(totals) or 1
         for place, (parts, total) in enumerate(zip(rows.values(), totals, strict=True)):
@@ -248,13 +162,14 @@ def stacks(
                     axes.text(left + value / 2, -place, inside, ha="center", va="center", fontsize=8,
                               color=INK["paper"])  # fmt: skip
                 left += value
-            axes.text(total, -place, " " + unit(total), va="center", ha="left")
+            axes.annotate(unit(total), (total, -place), (3, 0), textcoords="offset points", va="center")
         axes.set_yticks([-i for i in range(len(rows))], list(rows), color=INK["ink"])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, 1.22 * longest)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        # Powers of two: quarters of a MiB read better than tenths.
+        axes.xaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2(longest / 4))))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
     return out[0]
 
@@ -268,23 +183,19 @@ def groups(
     label: str,
 ) -> str:
     """Upright bars in groups: one group per position from 1, one bar per series."""
-    with _drawing(name, alt, 2.2) as ([axes], out):
+    with drawing(name, alt, 2.2) as ([axes], out):
         width = 0.8 / len(series)
         for index, (what, values) in enumerate(series.items()):
-            places = np.arange(1, len(values) + 1) + width * (
-                index - (len(series) - 1) / 2
-            )
+            places = np.arange(1, len(values) + 1) + width * (index - (len(series) - 1) / 2)
             axes.bar(
                 places,
                 values,
                 width * 0.92,
                 label=what,
-                color=INK[("hybrid", "twin")[index % 2]],
+                color=INK[("hybrid", "other")[index % 2]],
             )
             for x, value in zip(places, values, strict=True):
-                axes.text(
-                    x, value, f"{value:.0%}", ha="center", va="bottom", fontsize=8
-                )
+                axes.text(x, value, f"{value:.0%}", ha="center", va="bottom", fontsize=8)
         axes.set_xticks(range(1, 1 + max(len(v) for v in series.values())))
         axes.set_ylim(0, 1.12)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
@@ -306,7 +217,7 @@ def heat(
     Values are an expert's load over the mean load of its layer, so that 1 is balance.
     """
     top = max(2.0, *(float(np.quantile(panel, 0.995)) for panel in panels.values()))
-    with _drawing(name, alt, 0.8 + 1.15 * len(panels), rows=len(panels)) as (
+    with drawing(name, alt, 0.8 + 1.15 * len(panels), rows=len(panels)) as (
         all_axes,
         out,
     ):

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from sateen.receipt.markdown import size
 from sateen.report import plots
+from sateen.report.evaluation import MODELS, NO_DRAFT, WITH_DRAFTS, Table, dig, kind_colour, speeds
 from sateen.report.page import figure, finite, missing, share, shown, table, text
-from sateen.report.worse import NO_DRAFT, WITH_DRAFTS, speeds
-
-Table = Mapping[str, Any]
-MODELS = ("hybrid", "twin")
-KINDS = {
-    "full_attention": "full",
-    "sliding_attention": "sliding",
-    "sparse_attention": "sparse",
-}
 
 
 def cache(models: Mapping[str, Table]) -> str:
     """Allocated key/value bytes layer by layer, and per token."""
-    held = {
-        name: model["kv"]
-        for name, model in models.items()
-        if dig(model, "kv", "layers", kind=list)
-    }
-    lines = "".join(
-        missing(f"KV bytes of the {name}") for name in MODELS if name not in held
-    )
+    held = {name: model["kv"] for name, model in models.items() if dig(model, "kv", "layers", kind=list)}
+    lines = "".join(missing(f"KV bytes of the {name}") for name in MODELS if name not in held)
     if not held:
         return lines
     stacks: dict[str, list[tuple[str, str, float]]] = {}
@@ -64,15 +49,10 @@ def cache(models: Mapping[str, Table]) -> str:
         )
     contexts = {name: shown(kv.get("context")) for name, kv in held.items()}
     alt = "Allocated KV bytes: " + ", ".join(
-        f"{name} {size(finite(kv.get('bytes')))} at {contexts[name]} tokens"
-        for name, kv in held.items()
+        f"{name} {size(finite(kv.get('bytes')))} at {contexts[name]} tokens" for name, kv in held.items()
     )
-    svg = plots.stacks(
-        "cache", alt + ".", stacks, label="allocated bytes, layer by layer", unit=size
-    )
-    caption = (
-        f"{alt}. One segment per layer, MTP heads last; colours as in the layers above."
-    )
+    svg = plots.stacks("cache", alt + ".", stacks, label="allocated bytes, layer by layer", unit=size)
+    caption = f"{alt}. One segment per layer, MTP heads last; colours as in the layers above."
     return (
         figure(svg, caption)
         + table(
@@ -88,9 +68,7 @@ def acceptance(model: Table) -> str:
     draft = model.get("draft") or {}
     modes = {name: draft[name] for name in ("sampled", "greedy") if draft.get(name)}
     absent = "".join(
-        missing(f"{name} draft acceptance")
-        for name in ("sampled", "greedy")
-        if name not in modes
+        missing(f"{name} draft acceptance") for name in ("sampled", "greedy") if name not in modes
     )
     if not modes:
         return absent
@@ -111,12 +89,8 @@ def acceptance(model: Table) -> str:
     ]
     drawn = missing("acceptance by position")
     if shares:
-        alt = (
-            "Share of rounds in which the draft at each position was accepted: "
-            + "; ".join(
-                f"{what} " + ", ".join(f"{v:.0%}" for v in values)
-                for what, values in shares.items()
-            )
+        alt = "Share of rounds in which the draft at each position was accepted: " + "; ".join(
+            f"{what} " + ", ".join(f"{v:.0%}" for v in values) for what, values in shares.items()
         )
         svg = plots.groups(
             "acceptance",
@@ -127,11 +101,7 @@ def acceptance(model: Table) -> str:
         )
         drawn = figure(svg, alt + ".")
     header = ("decoding", "temperature", "acceptance length", "repeated 4-grams")
-    return (
-        drawn
-        + table("Drafts of the hybrid; repetitive text is easy to draft", header, rows)
-        + absent
-    )
+    return drawn + table("Drafts of the hybrid; repetitive text is easy to draft", header, rows) + absent
 
 
 def speed(models: Mapping[str, Table]) -> str:
@@ -160,26 +130,6 @@ def speed(models: Mapping[str, Table]) -> str:
     )
     header = ("what", "unit", "median", "lower quartile", "upper quartile", "n")
     return table("Speed, one sequence at a time", header, rows) + gain
-
-
-def dig(table: Any, *keys: str, kind: type | None = None) -> Any:
-    """The value below these keys: a finite number, or of `kind` and not empty; None when there is none."""
-    for key in keys:
-        if not isinstance(table, Mapping) or key not in table:
-            return None
-        table = table[key]
-    return (
-        finite(table)
-        if kind is None
-        else table
-        if isinstance(table, kind) and table
-        else None
-    )
-
-
-def kind_colour(attention: Any) -> str:
-    """The palette's name for a kind of attention."""
-    return KINDS.get(str(attention), "other")
 
 
 def _per(bytes_: float, context: float | None) -> str:

@@ -13,9 +13,7 @@ from sateen.report.folder import Curve, ExpertLoad, RunFolder
 from sateen.report.page import cards, figure, missing, section, shown, table
 
 MAX_COLUMNS = 120  # of a heat map over time
-MAX_PANELS = (
-    6  # layers drawn over time; a deeper model gets one picture of its last steps
-)
+MAX_PANELS = 6  # layers drawn over time; a deeper model gets one picture of its last steps
 LAST_SHARE = 10  # final loads are those of the last 1/10 of the steps
 
 
@@ -34,9 +32,7 @@ def run_sections(run: RunFolder) -> Iterator[str]:
         rows.append(("tokens trained", shown(int(losses[-1][0])), "in all stages"))
         rows.append(("last loss", shown(losses[-1][1]), "nats per token, all parts"))
     if held_out:
-        rows.append(
-            ("held-out bits per byte", shown(held_out[-1][1]), "last evaluation")
-        )
+        rows.append(("held-out bits per byte", shown(held_out[-1][1]), "last evaluation"))
     if speeds:
         rows.append(("tokens/s", shown(float(np.median(speeds))), "median over steps"))
     yield cards(rows)
@@ -45,9 +41,7 @@ def run_sections(run: RunFolder) -> Iterator[str]:
         "main": run.curve("loss_main", "loss_ce"),
         "MTP": run.curve("loss_mtp"),
     }
-    yield section(
-        "Loss", loss_figure("loss", {k: v for k, v in parts.items() if v}, run)
-    )
+    yield section("Loss", loss_figure("loss", {k: v for k, v in parts.items() if v}, run))
     if bits or held_out:
         yield section("Bits per byte", bits_figure(bits, held_out, run))
     curves = []
@@ -69,9 +63,7 @@ def run_sections(run: RunFolder) -> Iterator[str]:
             curves.append(figure(svg, what))
         else:
             curves.append(missing(f"{label} ({key} in metrics.jsonl)"))
-    yield section(
-        "Learning rate, gradients, speed", f'<div class="two">{"".join(curves)}</div>'
-    )
+    yield section("Learning rate, gradients, speed", f'<div class="two">{"".join(curves)}</div>')
     yield section("Expert load", load_figure(run.expert_load))
     yield section("What ran", machine(run.receipt))
 
@@ -80,16 +72,14 @@ def loss_figure(name: str, series: Mapping[str, Curve], run: RunFolder) -> str:
     """Loss curves with the stages of `run` between borders."""
     if not series:
         return missing("loss curves (metrics.jsonl)")
-    ends = ", ".join(
-        f"{what} ends at {curve[-1][1]:.3f}" for what, curve in series.items()
-    )
+    ends = ", ".join(f"{what} {curve[-1][1]:.3f}" for what, curve in series.items())
     svg = plots.curves(
-        name, f"Loss in nats per token over tokens trained; {ends}.", series,
-        label="loss, nats per token", borders=_borders(run), is_log=True,
+        name, f"Loss in nats per token over tokens trained; last steps: {ends}.", series,
+        label="loss, nats per token", borders=_borders(run),
     )  # fmt: skip
     return figure(
-        svg, f"Faint: every step; strong: its average, begun anew in each stage. {_stage_names(run)} The last "
-        f"step: {ends}.",
+        svg, f"Faint: every step; strong: the average of its neighbours within a stage. {_stage_names(run)} "
+        f"Last steps: {ends}.",
     )  # fmt: skip
 
 
@@ -119,15 +109,10 @@ def bits_figure(bits: Curve, held_out: Curve, run: RunFolder) -> str:
 def load_figure(load: ExpertLoad | None) -> str:
     """Heat maps of expert loads: over time per layer, or the final loads of a model with many layers."""
     if load is None:
-        return missing(
-            "expert loads (traces/expert_load.npz); a model without experts has none"
-        )
+        return missing("expert loads (traces/expert_load.npz); a model without experts has none")
     steps = len(load.steps_S)
     last_LE = load.relative(load.counts_SLE[-max(1, steps // LAST_SHARE) :].sum(axis=0))
-    worst = ", ".join(
-        f"layer {i} {row.max():.2f}x"
-        for i, row in zip(load.layers, last_LE, strict=True)
-    )
+    worst = ", ".join(f"layer {i} {row.max():.2f}x" for i, row in zip(load.layers, last_LE, strict=True))
     caption = (
         "Tokens an expert received over the mean of its layer; 1 is balance. "
         f"Busiest expert over the last {max(1, steps // LAST_SHARE)} of {steps} steps: {worst}."
@@ -149,9 +134,7 @@ def load_figure(load: ExpertLoad | None) -> str:
     panels = {f"layer {i}": over_time[:, n].T for n, i in enumerate(load.layers)}
     extent = (float(load.steps_S[0]) - 0.5, float(load.steps_S[-1]) + 0.5)
     return figure(
-        plots.heat(
-            "load", caption, panels, xlabel="step", ylabel="expert", extent=extent
-        ),
+        plots.heat("load", caption, panels, xlabel="step", ylabel="expert", extent=extent),
         caption,
     )
 
@@ -178,8 +161,4 @@ def _borders(run: RunFolder) -> list[float]:
 def _stage_names(run: RunFolder) -> str:
     if len(run.stages) < 2:
         return ""
-    return (
-        "Stages: "
-        + ", ".join(f"{i} {name}" for i, (name, _) in enumerate(run.stages, start=1))
-        + "."
-    )
+    return "Stages: " + ", ".join(f"{i} {name}" for i, (name, _) in enumerate(run.stages, start=1)) + "."

@@ -1,17 +1,12 @@
-"""What got worse, worked out from a demo's numbers: nothing that the report shows elsewhere is left out here."""
+"""What got worse: the rows a demo's evaluation lists, and those its numbers show besides."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from sateen.report.evaluation import NO_DRAFT, WITH_DRAFTS, at_chance, speeds, train_speed
 from sateen.report.page import finite
-
-WITH_DRAFTS, NO_DRAFT = "decode, drafts", "decode, no draft"
-TWO_SIGMA = (
-    2.0  # an accuracy closer to chance than this many standard errors is at chance
-)
 
 
 class Worse(NamedTuple):
@@ -31,23 +26,6 @@ def worse_rows(evaluation: Mapping[str, Any]) -> list[Worse]:
     ]
     known = {row.what for row in listed}
     return listed + [row for row in _computed(evaluation) if row.what not in known]
-
-
-def at_chance(task: Mapping[str, Any]) -> bool:
-    """Whether an accuracy cannot be told from guessing: within two standard errors of chance over n questions."""
-    accuracy, chance, n = (finite(task.get(key)) for key in ("accuracy", "chance", "n"))
-    if accuracy is None or chance is None:
-        return False
-    error = math.sqrt(max(chance * (1 - chance), 0.0) / n) if n else 0.0
-    return accuracy <= chance + TWO_SIGMA * error
-
-
-def speeds(model: Mapping[str, Any]) -> dict[str, float | int | None]:
-    """Median speed by what was measured."""
-    return {
-        str(row.get("what")): finite(row.get("median"))
-        for row in model.get("speed") or []
-    }
 
 
 def _computed(evaluation: Mapping[str, Any]) -> Iterator[Worse]:
@@ -76,22 +54,12 @@ def _computed(evaluation: Mapping[str, Any]) -> Iterator[Worse]:
         yield Worse("KV bytes", other_held, held, "twin")
     fast, other_fast = speeds(hybrid), speeds(twin)
     if _exceeds(fast.get(NO_DRAFT), fast.get(WITH_DRAFTS)):
-        yield Worse(
-            "decode tokens/s with drafts", fast[NO_DRAFT], fast[WITH_DRAFTS], "no draft"
-        )
+        yield Worse("decode tokens/s with drafts", fast[NO_DRAFT], fast[WITH_DRAFTS], "no draft")
     if _exceeds(other_fast.get(NO_DRAFT), fast.get(NO_DRAFT)):
-        yield Worse(
-            "decode tokens/s, no draft", other_fast[NO_DRAFT], fast[NO_DRAFT], "twin"
-        )
+        yield Worse("decode tokens/s, no draft", other_fast[NO_DRAFT], fast[NO_DRAFT], "twin")
     trained, other_trained = train_speed(hybrid), train_speed(twin)
     if _exceeds(other_trained, trained):
         yield Worse("training tokens/s", other_trained, trained, "twin")
-
-
-def train_speed(model: Mapping[str, Any]) -> float | None:
-    """Tokens trained per second over all stages; None when either number is missing."""
-    tokens, seconds = finite(model.get("train_tokens")), finite(model.get("train_s"))
-    return tokens / seconds if tokens is not None and seconds else None
 
 
 def _exceeds(first: Any, second: Any) -> bool:

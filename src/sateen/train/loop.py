@@ -22,6 +22,8 @@ from sateen.config import StageContext
 from sateen.data.loader import Loader
 from sateen.data.packing import IGNORE, PackedBatch
 from sateen.models.decoder import Decoder
+from sateen.nn.mlp import SwiGLU
+from sateen.nn.norm import RMSNorm
 from sateen.train.heldout import bits_per_byte
 from sateen.train.interrupt import interruptible
 from sateen.train.metrics import LoadTrace, MetricsWriter
@@ -83,10 +85,15 @@ def stage_seed(context: StageContext) -> int:
     return context.config.seed + 1_000_003 * context.stage_index
 
 
-def compile_layers(model: Decoder) -> None:
-    """Runs each decoder layer through torch.compile from its next call on; one graph serves equal layers."""
-    for layer in model.model.layers:
-        layer.compile()
+def compile_pieces(model: Decoder) -> None:
+    """Runs norms and dense MLPs through torch.compile from their next call on.
+
+    Whole layers would compile anew for every batch: attention and experts take shapes from sequence lengths
+    and loads, which differ from batch to batch.
+    """
+    for module in model.modules():
+        if isinstance(module, RMSNorm | SwiGLU):
+            module.compile()
 
 
 def _is_finished(saved: Checkpoint, stage_index: int) -> bool:
@@ -116,7 +123,7 @@ class _Loop:
             router_bias_rate=stage.losses.router_bias_update_rate,
         )
         if stage.compile:
-            compile_layers(model)
+            compile_pieces(model)
         self.loader = Loader(
             data.sources,
             tokens_per_batch=stage.tokens_per_micro_batch,

@@ -112,13 +112,13 @@ def soft_cross_entropy(
 def _check(h_TD: Tensor, w_VD: Tensor, ids: Tensor, ids_shape: tuple[int, ...]) -> None:
     if h_TD.dim() != 2 or w_VD.dim() != 2 or h_TD.shape[1] != w_VD.shape[1] or ids.shape != ids_shape:
         raise ShapeError(
-            f"hidden states {list(h_TD.shape)}, head weight {list(w_VD.shape)} and ids {list(ids.shape)} do not fit; "
-            "expected [T, D], [V, D] and [T] or [T, K]"
+            f"hidden states {list(h_TD.shape)}, head weight {list(w_VD.shape)} and ids {list(ids.shape)} do "
+            "not fit; expected [T, D], [V, D] and [T] or [T, K]"
         )
 
 
 def _matmul_dtype(h_TD: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both operands in the dtype autocast would use for a linear layer; the casts carry the gradients back."""
+    """Both operands in the dtype autocast uses for a linear layer; the casts carry the gradients back."""
     device = h_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_TD.dtype
     h_TD, w_VD = h_TD.to(dtype), w_VD.to(dtype)

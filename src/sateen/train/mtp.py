@@ -57,8 +57,8 @@ def copy_first_head(model: Decoder, num_heads: int) -> Decoder:
     have = model.num_mtp_heads
     if not 1 <= have <= num_heads:
         raise ConfigError(
-            f"the model has {have} MTP heads, num_heads is {num_heads}; the stage copies the first head of a model "
-            "that was trained with one"
+            f"the model has {have} MTP heads, num_heads is {num_heads}; the stage copies the first head "
+            "of a model that was trained with one"
         )
     raw = copy.deepcopy(dict(model.config.raw)) | {"num_nextn_predict_layers": num_heads}
     config = ModelConfig.from_hf(raw)

@@ -179,7 +179,7 @@ class TokenObjective:
             w_VD, e_VD = w_VD.detach(), e_VD.detach()
         losses = []
         for k in range(model.num_mtp_heads):
-            # Rows whose token t + k + 1 lies beyond their sequence have no label; what they read does not matter.
+            # Rows whose token t + k + 1 lies beyond their sequence have no label; they may read anything.
             next_ids_T = batch.input_ids.roll(-(k + 1))
             embeddings_TD = F.embedding(next_ids_T, e_VD)
             hidden_TD, head_TD = model.mtp(k, hidden_TD, next_ids_T, seq, embeddings_TD=embeddings_TD)

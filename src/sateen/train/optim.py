@@ -186,7 +186,7 @@ class Optimizer:
         if wrong:
             raise CheckpointError(
                 f"optimizer state does not fit this model and optimizer: {len(wrong)} tensors differ, first "
-                f"{wrong[0]!r}; resume with the recipe that wrote it, or start a new run from its hf directory"
+                f"{wrong[0]!r}; resume with the recipe that wrote it, or start a new run from its model"
             )
         for name, tensor in own.items():
             tensor.copy_(saved[name])

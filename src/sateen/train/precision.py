@@ -71,7 +71,9 @@ class _Linear(torch.autograd.Function):
         x16, w16 = x.bfloat16(), w.bfloat16()
         ctx.save_for_backward(x16, w16)
         ctx.dtypes = x.dtype, w.dtype, None if bias is None else bias.dtype
-        return F.linear(x16.float(), w16.float(), None if bias is None else bias.bfloat16().float()).bfloat16()
+        return F.linear(
+            x16.float(), w16.float(), None if bias is None else bias.bfloat16().float()
+        ).bfloat16()
 
     @staticmethod
     @once_differentiable

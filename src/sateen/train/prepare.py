@@ -6,12 +6,12 @@ stopped. `train.loop` calls `prepare`; the loader mixes what it returns.
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sateen.config import ChatTaskSource, PythonDocsSource, StageContext, TaskSource, TextDirSource
 from sateen.config import Source as SourceConfig
@@ -19,15 +19,12 @@ from sateen.data.chat import encode_chat
 from sateen.data.loader import Source
 from sateen.data.tasks import Example, task_class
 from sateen.data.text import Document, python_docs, split_heldout, text_dir
-from sateen.data.token_file import TokenFile, write_texts, write_tokens
+from sateen.data.token_file import TokenDocument, TokenFile, write_texts, write_tokens
 from sateen.data.tokenizer import Tokenizer, check_vocab
 from sateen.errors import ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
 from sateen.models.registry import preset
-
-HELDOUT_SHARE = 0.05
-"""Share of the documents of a text source that no stage trains on (source: ours)."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +57,23 @@ def prepare(context: StageContext) -> RunData:
         if weight == 0:
             continue
         source = config.data[name]
-        is_chat = isinstance(source, ChatTaskSource)
         train, kept_back = folder / "data" / name, folder / "data" / f"{name}-heldout"
+        is_task = isinstance(source, TaskSource)
         if not _is_ready(train, tokenizer):
             context.progress.note(f"preparing data source {name}")
-            if is_chat:
-                documents = (encode_chat(tokenizer, _messages(e)) for e in _examples(source, config.seed))
+            if is_task:
+                encode = _as_chat if isinstance(source, ChatTaskSource) else _as_text
+                documents = (encode(tokenizer, e) for e in _examples(source, tokenizer, config.seed))
                 write_tokens(
                     train, documents, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.fingerprint
                 )
             else:
-                training, held = _split(source, config.seed)
+                training, held = _split(source)
                 if held:
                     write_texts(kept_back, held, tokenizer)
                 # Last, because its presence says that the source is ready.
                 write_texts(train, training, tokenizer)
-        sources.append(Source(TokenFile(train), weight, is_whole=is_chat))
+        sources.append(Source(TokenFile(train), weight, is_whole=is_task))
         if kept_back.is_dir():
             heldout.append(TokenFile(kept_back))
     return RunData(tokenizer, folder / "tokenizer", tuple(sources), tuple(heldout))
@@ -109,8 +107,13 @@ def _tokenizer(context: StageContext) -> Tokenizer:
     else:
         assert settings.vocab_size is not None
         context.progress.note(f"training a tokenizer of {settings.vocab_size} tokens")
-        # All sources of the run, not of this stage: later stages read through the same tokenizer.
-        texts = (d.text for s in context.config.data.values() for d in _split(s, context.config.seed)[0])
+        # All text of the run, not of this stage: later stages read through the same tokenizer.
+        sources = [s for s in context.config.data.values() if not isinstance(s, TaskSource)]
+        if not sources:
+            raise ConfigError(
+                "a tokenizer is trained on text and this run has task sources only; give its path"
+            )
+        texts = (document.text for source in sources for document in _split(source)[0])
         tokenizer = Tokenizer.train(texts, settings.vocab_size)
     fresh = folder.with_name(f".{folder.name}.writing")
     tokenizer.save(fresh)
@@ -122,42 +125,40 @@ def _is_ready(folder: Path, tokenizer: Tokenizer) -> bool:
     return folder.is_dir() and TokenFile(folder).tokenizer_sha256 == tokenizer.fingerprint
 
 
-def _split(source: SourceConfig, seed: int) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents of a source; tasks keep examples back in their own way."""
-    if isinstance(source, TaskSource):
-        examples = enumerate(_examples(source, seed))
-        return [Document(f"{source.task}-{i}", e.prompt + e.completion) for i, e in examples], []
-    return split_heldout(_documents(source), HELDOUT_SHARE)
-
-
-def _documents(source: SourceConfig) -> Iterator[Document]:
+def _split(source: SourceConfig) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents of a text source."""
     if isinstance(source, PythonDocsSource):
-        yield from python_docs(source.path)
-        return
+        return split_heldout(python_docs(source.path), source.heldout_share)
     assert isinstance(source, TextDirSource), f"no reader for data kind {source.kind}"
-    files = sorted(f for f in source.path.glob(source.glob) if f.is_file())
-    if not files:
-        raise ConfigError(
-            f"{source.path / source.glob}: no such files; give a folder and a glob that match some"
-        )
-    for file in files:
-        for document in text_dir(file, suffixes=(file.suffix,)):
-            # The whole path, because names decide what is held out; lines of a .jsonl keep their numbers.
-            name = file.relative_to(source.path).as_posix() + document.name.removeprefix(file.name)
-            yield Document(name, document.text)
+    documents = text_dir(source.path, suffixes=source.suffixes, field=source.field)
+    return split_heldout(documents, source.heldout_share)
 
 
-def _examples(source: SourceConfig, seed: int) -> Iterator[Example]:
+def _examples(source: SourceConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
+    """A task's examples; a task that measures lengths gets this tokenizer."""
     assert isinstance(source, TaskSource)
+    cls = task_class(source.task)
+    parameters = dict(source.parameters)
+    if "count_tokens" in inspect.signature(cls).parameters:
+        parameters["count_tokens"] = lambda text: len(tokenizer.encode(text))
     try:
-        task = task_class(source.task)(**source.parameters)
+        task = cls(**parameters)
     except TypeError as error:
         raise ConfigError(
             f"data.*.parameters of task {source.task!r}: {error}; see the task's arguments"
         ) from None
-    rng = random.Random(f"{seed}/{source.task}/{source.kind}")
+    rng = random.Random(f"{seed}/{source.task}/{source.kind}/{sorted(source.parameters.items())}")
     return (task.sample(rng) for _ in range(source.num_examples))
 
 
-def _messages(example: Example) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
+def _as_chat(tokenizer: Tokenizer, example: Example) -> TokenDocument:
+    user, assistant = (
+        {"role": "user", "content": example.prompt},
+        {"role": "assistant", "content": example.completion},
+    )
+    return encode_chat(tokenizer, [user, assistant])
+
+
+def _as_text(tokenizer: Tokenizer, example: Example) -> TokenDocument:
+    text = tokenizer.encode(example.prompt + example.completion)
+    return TokenDocument([tokenizer.eos_id, *text, tokenizer.eos_id])

@@ -124,6 +124,6 @@ def _check_finite(values: dict[str, float]) -> None:
     if bad:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise TrainingError(
-            f"{bad[0]} is not finite ({shown}); the parameters are those before this step; lower the learning rate "
-            "or the clip norm and resume from the last checkpoint"
+            f"{bad[0]} is not finite ({shown}); the parameters are those before this step; lower the "
+            "learning rate or the clip norm and resume from the last checkpoint"
         )

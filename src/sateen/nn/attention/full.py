@@ -1,6 +1,7 @@
 """Softmax attention over all earlier keys or over a window: projections, rotation, sinks, cache.
 
-`full_attention` keeps every row (paged), `sliding_attention` the newest `window` (ring); nothing else differs.
+`full_attention` keeps every row (paged), `sliding_attention` the newest `window` (ring); nothing else
+differs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class FullAttention(Attention, kind="full_attention"):
         cu_seqlens_k = seq.cu_seqlens
         if cache is not None:
             k, v, cu_seqlens_k = cache.extend(k, v)
-        out = ops.attention(
+        out: Tensor = ops.attention(  # type: ignore[assignment]
             q,
             k,
             v,

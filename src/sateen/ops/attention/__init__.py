@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sateen.errors import ShapeError
+from sateen.ops.attention.chunked import attention_torch
 from sateen.ops.attention.native import attention_native
 from sateen.ops.attention.reference import OP, attention_reference
 from sateen.ops.attention.select import select_blocks
-from sateen.ops.attention.chunked import attention_torch
 
 __all__ = ["OP", "attention", "attention_native", "attention_reference", "attention_torch", "select_blocks"]
 
@@ -94,5 +94,6 @@ def _check(
         ends = (int(cu_q[-1]), int(cu_k[-1]))
         if ends != (q.shape[0], k.shape[0]) or cu_q.shape != cu_k.shape:
             raise ShapeError(
-                f"attention offsets end at {ends} for {cu_q.numel() - 1} and {cu_k.numel() - 1} sequences; got {shapes}"
+                f"attention offsets end at {ends} for {cu_q.numel() - 1} and {cu_k.numel() - 1} sequences; "
+                f"got {shapes}"
             )

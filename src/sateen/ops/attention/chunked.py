@@ -1,9 +1,9 @@
 """Attention in plain torch with memory O(T): the fast path where no compiled kernel fits.
 
-Whole causal sequences on the CPU go to torch's own flash kernel; the rest is computed in blocks of queries,
-each against the keys it can see, and recomputed in the backward pass. Sinks cost nothing extra: with the sink
-inside the row's normaliser the usual flash backward holds, and its own gradient is minus the probability it takes
-times the row's `dO . O`.
+Whole causal sequences on the CPU go to torch's own flash kernel; the rest is computed in blocks of
+queries, each against the keys it can see, and recomputed in the backward pass. Sinks cost nothing extra:
+with the sink inside the row's normaliser the usual flash backward holds, and its own gradient is minus
+the probability it takes times the row's `dO . O`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHUNK = 256  # queries per block; the scores of a block are N * CHUNK * (CHUNK +
 
 
 class Span(NamedTuple):
-    """Queries [q0, q1) of one sequence against keys [k0, k1); `shift` is the position of query q0 minus key k0's."""
+    """Queries [q0, q1) of a sequence against keys [k0, k1); query q0 stands `shift` places after key k0."""
 
     q0: int
     q1: int
@@ -48,7 +48,7 @@ def _scores(q: Tensor, k: Tensor, span: Span, scale: float, window: int | None) 
     K, group = k.shape[1], q.shape[1] // k.shape[1]
     rows = q[span.q0 : span.q1].unflatten(1, (K, group)).permute(1, 2, 0, 3).flatten(1, 2)
     scores = torch.bmm(rows.float(), k[span.k0 : span.k1].permute(1, 2, 0).float())
-    scores = scores.mul_(scale).unflatten(1, (group, span.q1 - span.q0))
+    scores = scores.mul_(scale).view(K, group, span.q1 - span.q0, -1)
     position = torch.arange(span.q1 - span.q0, device=q.device)[:, None] + span.shift
     key = torch.arange(span.k1 - span.k0, device=q.device)[None, :]
     hidden = key > position
@@ -60,12 +60,14 @@ def _scores(q: Tensor, k: Tensor, span: Span, scale: float, window: int | None) 
 def _grouped(x_TNC: Tensor, span: Span, K: int) -> Tensor:
     """The rows of a span as [K, G * t, C] in float32."""
     group = x_TNC.shape[1] // K
-    return x_TNC[span.q0 : span.q1].unflatten(1, (K, group)).permute(1, 2, 0, 3).flatten(1, 2).float()
+    rows: Tensor = x_TNC[span.q0 : span.q1].unflatten(1, (K, group)).permute(1, 2, 0, 3).flatten(1, 2)
+    return rows.float()
 
 
 def _ungrouped(x: Tensor, span: Span) -> Tensor:
     """The inverse of `_grouped`: [t, N, C]."""
-    return x.unflatten(1, (-1, span.q1 - span.q0)).permute(2, 0, 1, 3).flatten(1, 2)
+    rows: Tensor = x.unflatten(1, (-1, span.q1 - span.q0)).permute(2, 0, 1, 3).flatten(1, 2)
+    return rows
 
 
 def _flash_batch(

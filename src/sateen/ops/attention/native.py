@@ -1,8 +1,8 @@
-"""Attention by the compiled CPU kernel (native/attention_*.cpp): packed, causal, windows, grouped queries, sinks.
+"""Attention by the compiled CPU kernels, native/attention_forward.cpp and native/attention_backward.cpp.
 
-Float32 inside; other floating dtypes are converted on the way in and out. Forward and backward are custom ops, so
-`torch.compile` keeps its graph; calls that need no gradient skip the dispatcher. Shape letters: T query tokens,
-S key tokens, N query heads, K key/value heads, H query/key head size, V value head size.
+Float32 inside; bfloat16 and float16 are converted on the way in and out. Forward and backward are custom ops,
+so `torch.compile` keeps its graph; calls that need no gradient skip the dispatcher. Shape letters: T query
+tokens, S key tokens, N query heads, K key/value heads, H query/key head size, V value head size.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sateen.ops.attention.reference import OP
@@ -17,27 +18,31 @@ from sateen.ops.native import native, native_available
 
 
 def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sink: Tensor | None, scale: float, window: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sink: Tensor | None,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     T, N, _ = q.shape
     out = torch.empty(T, N, v.shape[2])
     lse = torch.empty(N, T)
-    native().attention_forward(q, k, v, cu_q, cu_k, sink, scale, window, torch.get_num_threads(), out, lse)
+    arrays = (_array(x) for x in (q, k, v, cu_q, cu_k, sink))
+    native().attention_forward(*arrays, scale, window, torch.get_num_threads(), out.numpy(), lse.numpy())
     return out, lse
 
 
 @torch.library.custom_op("sateen::attention_forward", mutates_args=(), device_types="cpu")
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sink: Tensor | None, scale: float, window: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sink: Tensor | None,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output [T, N, V] and log-sum-exp [N, T] of float32 tensors; `window` 0 is none."""
     return _run_forward(q, k, v, cu_q, cu_k, sink, scale, window)
 
 
 @attention_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sink: Tensor | None, scale: float, window: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sink: Tensor | None,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     T, N, _ = q.shape
     return q.new_empty(T, N, v.shape[2]), q.new_empty(N, T)
 
@@ -50,10 +55,9 @@ def attention_backward(
     """The gradients of q, k, v and the sinks (empty without sinks)."""
     d_q, d_k, d_v = (torch.empty(x.shape) for x in (q, k, v))
     d_sink = torch.empty(0 if sink is None else sink.shape[0])
-    native().attention_backward(
-        _rows(d_out), q, k, v, cu_q, cu_k, sink, out, lse, scale, window, torch.get_num_threads(),
-        d_q, d_k, d_v, d_sink,
-    )  # fmt: skip
+    arrays = (_array(x) for x in (_rows(d_out), q, k, v, cu_q, cu_k, sink, out, lse))
+    gradients = (x.numpy() for x in (d_q, d_k, d_v, d_sink))
+    native().attention_backward(*arrays, scale, window, torch.get_num_threads(), *gradients)
     return d_q, d_k, d_v, d_sink
 
 
@@ -89,6 +93,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _array(x: Tensor | None) -> NDArray[Any] | None:
+    """The same memory as numpy sees it: its buffer protocol costs a fifth of torch's DLPack call."""
+    return None if x is None else x.detach().numpy()
+
+
 def _why_not(q_TNH: Tensor, *_: Tensor, block_max: int | None = None, **__: Any) -> str | None:
     if q_TNH.device.type != "cpu":
         return f"it runs on the CPU and the tensors are on {q_TNH.device.type}"
@@ -117,8 +126,8 @@ def attention_native(
 
     Numerics: exp is a polynomial of relative error 1e-7; errors against float64 are bounded in
     tests/ops/test_attention_native.py.
-    Source: blocks with an online softmax as in Dao 2023, "FlashAttention-2" (arXiv 2307.08691) algorithms 1-2; a
-    worker keeps whole key/value heads in the backward pass, so there are no atomic additions.
+    Source: blocks with an online softmax as in Dao 2023, FlashAttention-2 (arXiv 2307.08691, algorithms 1-2).
+    In the backward pass a worker owns whole rows of d_q, d_k and d_v, so there are no atomic additions.
     """
     assert block_max is None
     q, k, v = _rows(q_TNH), _rows(k_SKH), _rows(v_SKV)

@@ -5,6 +5,8 @@ It shares no code with the fast backends and runs in float32, or float64 for flo
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +31,7 @@ def attention_reference(
     dtype = torch.float64 if q_TNH.dtype == torch.float64 else torch.float32
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     group = q_TNH.shape[1] // k_SKH.shape[1]
-    lengths_k = [b - a for a, b in zip(starts_k, starts_k[1:], strict=False)]
+    lengths_k = [b - a for a, b in pairwise(starts_k)]
     num_blocks = -(-max(lengths_k, default=0) // block_max) if block_max else 0
     outs, lses, maxima = [], [], []
     for i, length_k in enumerate(lengths_k):
