@@ -3,6 +3,7 @@
 // A task is one key/value head of one sequence and up to kTiles tiles of query rows. Where there are fewer tasks
 // than threads could use (decoding), the keys are split too and the parts are merged afterwards.
 
+#include "attention_decode.h"
 #include "attention_rows.h"
 #include "gemm.h"
 
@@ -128,33 +129,71 @@ Task find_task(const AttentionForward& p, const long* offsets, long number) {
 
 thread_local Scratch scratch;
 
-// One part of the keys for one task. The states go to `states`.
-void run_part(const AttentionForward& p, const Task& task, long part, long parts, float* states, bool is_last) {
-    const Sequence s(p, task.sequence);
-    const long group = p.N / p.K, end_row = s.num_queries * group;
+// The keys [from, to) of part `part` of [low, high), cut at whole blocks.
+struct Part {
+    long from, to;
+
+    Part(long low, long high, long part, long parts) {
+        const long blocks = high > low ? divide_up(high - low, kKeys) : 0;
+        from = low + blocks * part / parts * kKeys;
+        to = low + blocks * (part + 1) / parts * kKeys;
+        to = to < high ? to : high;
+    }
+};
+
+void run_tiles(const AttentionForward& p, const Sequence& s, const Tile* tiles, long count, const Task& task, const Part& keys,
+               float* states) {
+    const long group = p.N / p.K;
     float* const q = scratch.take(kTiles * p.H * kLanes + kKeys * kLanes);
     float* const scores = q + kTiles * p.H * kLanes;
-    Tile tiles[kTiles];
-    long count = 0, low = s.num_keys, high = 0;
-    for (long row = task.first_row; row < end_row && count < kTiles; row += kLanes, ++count) {
-        Tile& tile = tiles[count];
-        tile.place(p, s, row, row + kLanes < end_row ? row + kLanes : end_row, kLanes);
-        State(states + count * State::size(p.V)).clear(p.V);
-        const auto query = [&](long i) { return p.q.at(s.q0 + (row + i) / group, task.head * group + (row + i) % group); };
-        pack_transposed(query, p.H, p.scale * kLog2e, q + count * p.H * kLanes, kLanes, tile.last - row);
-        if (tile.low < low) low = tile.low;
-        if (tile.high > high) high = tile.high;
+    for (long i = 0; i < count; ++i) {
+        const long row = tiles[i].first;
+        const auto query = [&](long j) { return p.q.at(s.q0 + (row + j) / group, task.head * group + (row + j) % group); };
+        pack_transposed(query, p.H, p.scale * kLog2e, q + i * p.H * kLanes, kLanes, tiles[i].last - row);
     }
-    const long blocks = high > low ? divide_up(high - low, kKeys) : 0;
-    const long from = low + blocks * part / parts * kKeys, to = low + blocks * (part + 1) / parts * kKeys;
-    for (long key = from; key < to; key += kKeys)
+    for (long key = keys.from; key < keys.to; key += kKeys)
         for (long i = 0; i < count; ++i) {
             const long begin = key > tiles[i].low ? key : tiles[i].low;
-            const long end = key + kKeys < tiles[i].high ? key + kKeys : tiles[i].high;
+            const long stop = key + kKeys < keys.to ? key + kKeys : keys.to, end = stop < tiles[i].high ? stop : tiles[i].high;
             if (begin >= end) continue;
             State state(states + i * State::size(p.V));
             attend(p, tiles[i], state, q + i * p.H * kLanes, s.k0, task.head, begin, end, scores);
         }
+}
+
+// A task whose rows are so few that they fit attention_decode.h.
+void run_few_rows(const AttentionForward& p, const Sequence& s, const Tile& tile, const Task& task, const Part& keys,
+                  State state) {
+    const long group = p.N / p.K, rows = tile.last - tile.first;
+    float* const q = scratch.take(kFewRows * (p.H + kFewRowsKeys + p.V + 2));
+    float *const scores = q + kFewRows * p.H, *const out = scores + kFewRows * kFewRowsKeys, *const top = out + kFewRows * p.V;
+    float* const sum = top + kFewRows;
+    const auto query = [&](long i) { return p.q.at(s.q0 + i / group, task.head * group + i % group); };
+    attend_few_rows(p, tile, query, s.k0, task.head, keys.from, keys.to, q, scores, top, sum, out);
+    for (long i = 0; i < rows; ++i) {
+        state.top[i] = top[i], state.sum[i] = sum[i];
+        for (long c = 0; c < p.V; ++c) state.out[c * kLanes + i] = out[i * p.V + c];
+    }
+}
+
+// One part of the keys for one task. The states go to `states`.
+void run_part(const AttentionForward& p, const Task& task, long part, long parts, float* states, bool is_last) {
+    const Sequence s(p, task.sequence);
+    const long group = p.N / p.K, end_row = s.num_queries * group;
+    const bool few = fits_few_rows(p, end_row);
+    Tile tiles[kTiles];
+    long count = 0, low = s.num_keys, high = 0;
+    for (long row = task.first_row; row < end_row && count < kTiles; row += kLanes, ++count) {
+        tiles[count].place(p, s, row, row + kLanes < end_row ? row + kLanes : end_row, kLanes);
+        State(states + count * State::size(p.V)).clear(p.V);
+        if (tiles[count].low < low) low = tiles[count].low;
+        if (tiles[count].high > high) high = tiles[count].high;
+    }
+    const Part keys(low, high, part, parts);
+    if (few)
+        run_few_rows(p, s, tiles[0], task, keys, State(states));
+    else
+        run_tiles(p, s, tiles, count, task, keys, states);
     if (!is_last) return;
     for (long i = 0; i < count; ++i) {
         State state(states + i * State::size(p.V));

@@ -30,7 +30,7 @@ void require(bool holds, const char* message) {
 }
 
 sateen::Rows rows(const Array3& x) {
-    require(x.stride(2) == 1 || x.shape(2) <= 1, "channels must be contiguous");
+    require(x.stride(2) == 1 || x.shape(2) <= 1 || x.size() == 0, "channels must be contiguous");
     return {x.data(), long(x.stride(0)), long(x.stride(1))};
 }
 

@@ -83,9 +83,7 @@ def config(recipe: Path) -> RunConfig:
     return load_recipe([recipe])
 
 
-def test_stages_run_in_order_with_their_settings(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_stages_run_in_order_with_their_settings(config: RunConfig, tmp_path: Path) -> None:
     notes = Notes()
     run_recipe(config, tmp_path / "out", notes)
     assert [(c.stage_index, c.stage, c.folder) for c in CALLS] == [
@@ -99,9 +97,7 @@ def test_stages_run_in_order_with_their_settings(
     assert [(d["index"], d["stage"]) for d in done] == [(0, "one"), (1, "two")]
 
 
-def test_a_failed_run_resumes_at_the_stage_that_failed(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_a_failed_run_resumes_at_the_stage_that_failed(config: RunConfig, tmp_path: Path) -> None:
     folder, notes = tmp_path / "out", Notes()
     BROKEN.add(folder)
     with pytest.raises(Broken, match="the stage failed"):
@@ -117,17 +113,13 @@ def test_a_failed_run_resumes_at_the_stage_that_failed(
     assert is_finished(config, folder)
 
 
-def test_a_finished_run_says_so_and_runs_nothing(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_a_finished_run_says_so_and_runs_nothing(config: RunConfig, tmp_path: Path) -> None:
     run_recipe(config, tmp_path / "out", Silent())
     CALLS.clear()
     notes = Notes()
     run_recipe(config, tmp_path / "out", notes)
     assert CALLS == []
-    assert notes.notes == [
-        f"{tmp_path / 'out'} is finished: all 2 stages are done; nothing to do"
-    ]
+    assert notes.notes == [f"{tmp_path / 'out'} is finished: all 2 stages are done; nothing to do"]
 
 
 @pytest.mark.parametrize(
@@ -158,9 +150,7 @@ def test_a_folder_of_another_recipe_is_refused_with_the_first_difference(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_run_begun_before_a_setting_existed_still_resumes(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_a_run_begun_before_a_setting_existed_still_resumes(config: RunConfig, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     run_recipe(config, folder, Silent())
     text = (folder / "run.toml").read_text()
@@ -169,9 +159,7 @@ def test_a_run_begun_before_a_setting_existed_still_resumes(
     assert is_finished(config, folder)
 
 
-def test_a_folder_with_other_things_is_refused_untouched(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_a_folder_with_other_things_is_refused_untouched(config: RunConfig, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "cat.jpg").touch()
@@ -182,15 +170,11 @@ def test_a_folder_with_other_things_is_refused_untouched(
         "choose another one with --out"
     )
     assert [path.name for path in folder.iterdir()] == ["cat.jpg"]
-    with pytest.raises(
-        ConfigError, match=r"cat\.jpg is a file; choose another folder with --out"
-    ):
+    with pytest.raises(ConfigError, match=r"cat\.jpg is a file; choose another folder with --out"):
         run_recipe(config, folder / "cat.jpg", Silent())
 
 
-def test_what_a_killed_process_left_in_a_new_folder_is_no_obstacle(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_what_a_killed_process_left_in_a_new_folder_is_no_obstacle(config: RunConfig, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / ".lock").touch()
@@ -253,9 +237,7 @@ def test_dry_run_prints_the_settings_and_touches_nothing(
     assert CALLS == []
 
 
-def test_the_verb_prints_the_run_folder(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_verb_prints_the_run_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(str(recipe)) == 0
     out, err = capsys.readouterr()
     assert out == "runs/small\n"

@@ -1,7 +1,7 @@
 """`sateen demo`: the whole recipe on a small scale, from a tokenizer to a report.
 
-Trains the hybrid of `recipes/demo.toml` and its full-attention twin on the same tokens, one core each, evaluates
-both, and writes the receipt and `report.html`. An unfinished demo resumes where it stopped.
+Trains the hybrid of `recipes/demo.toml` and its full-attention twin on the same tokens, one core each,
+evaluates both, and writes the receipt and `report.html`. An unfinished demo resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def main(*, out: str = "runs/demo", minutes: float = DEFAULT_MINUTES, fresh: boo
 
     Args:
         out: the demo's folder.
-        minutes: length of the whole demo on two cores of the kind the recipe was measured on; scales the token
-            budgets of every stage. A demo that was begun keeps its own.
+        minutes: length of the whole demo on two cores of the kind the recipe was measured on; scales the
+            token budgets of every stage. A demo that was begun keeps its own.
         fresh: delete the folder first.
     """
     from sateen.report import build_report
@@ -40,9 +40,11 @@ def main(*, out: str = "runs/demo", minutes: float = DEFAULT_MINUTES, fresh: boo
     settings = begin(folder, minutes, fresh)
     if not (folder / "receipt.json").is_file():
         train(folder, settings)
+        from sateen.checkpoint.state import point
         from sateen.eval.demo import evaluate
 
         evaluate(folder, settings)
+        point(folder / "model", Path("hybrid") / "model")
     report = build_report(folder)
     print(summary(folder, report))
     return 0
@@ -187,22 +189,25 @@ def summary(folder: Path, report: Path) -> str:
     """What the demo prints at its end: the headline figures and how to go on."""
     evaluation = json.loads((folder / "evaluation.json").read_text())
     hybrid, twin = evaluation["models"]["hybrid"], evaluation["models"]["twin"]
-    tasks = hybrid["quality"]["tasks"]
+    tasks, twin_tasks = hybrid["quality"]["tasks"], twin["quality"]["tasks"]
+    bits, twin_bits = hybrid["quality"]["bits_per_byte"], twin["quality"]["bits_per_byte"]
+    kv, twin_kv = hybrid["kv"], twin["kv"]
     baselines = ", ".join(f"{name} {value:.2f}" for name, value in evaluation["baselines"].items())
     draft = hybrid["draft"]["sampled"]
     speeds = {row["what"]: row["median"] for row in hybrid["speed"]}
     lines = [
-        f"bits per byte     {hybrid['quality']['bits_per_byte']:.3f} (twin {twin['quality']['bits_per_byte']:.3f}; {baselines})",
+        f"bits per byte     {bits:.3f} (twin {twin_bits:.3f}; {baselines})",
         f"two-digit sums    {tasks['sums']['accuracy']:.1%} of {tasks['sums']['n']} held-out pairs",
-        f"recall            {tasks['recall']['accuracy']:.1%} (twin {twin['quality']['tasks']['recall']['accuracy']:.1%}, "
+        f"recall            {tasks['recall']['accuracy']:.1%} (twin {twin_tasks['recall']['accuracy']:.1%}, "
         f"chance {tasks['recall']['chance']:.1%})",
-        f"KV cache          {hybrid['kv']['bytes']:,} bytes at {hybrid['kv']['context']} tokens, "
-        f"{hybrid['kv']['bytes'] / twin['kv']['bytes']:.0%} of the twin's",
-        f"drafts            acceptance length {draft['acceptance_length']:.2f} at temperature {draft['temperature']}; "
+        f"KV cache          {kv['bytes']:,} bytes at {kv['context']} tokens, "
+        f"{kv['bytes'] / twin_kv['bytes']:.0%} of the twin's",
+        f"drafts            acceptance length {draft['acceptance_length']:.2f} at temperature "
+        f"{draft['temperature']}; "
         + ", ".join(f"{what} {value:.0f} tokens/s" for what, value in speeds.items()),
         f"report            {report}",
         "",
-        "Talk to it:       " + f"sateen chat {folder / 'hybrid'}      (try: 47+85=)",
-        "Continue a text:  " + f'sateen generate {folder / "hybrid"} -p "The string module"',
+        f"Talk to it:       sateen chat {folder}      (try: 47+85=)",
+        f'Continue a text:  sateen generate {folder} -p "The string module"',
     ]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ FLASH, MIMO = "mimo-v2-flash-tiny", "mimo-7b-tiny"
 def _random_model(name: str, *, heads: int | None = None, seed: int = 0, **changes: Any) -> Decoder:
     """Weights of standard deviation 0.1, so that attention matters.
 
-    A router's choice is settled by its bias: among thousands of tokens some scores tie up to rounding, and one
+    A router's choice is settled by its bias: among thousands of tokens some scores tie up to rounding, and a
     flipped expert would change greedy tokens without any fault of the engine.
     """
     raw = preset(name) | {"initializer_range": 0.1} | changes
@@ -43,8 +43,8 @@ def _drafting_model(
 ) -> Decoder:
     """A bigram model: the trunk maps each token to a fixed successor, 7 further on, as do the heads.
 
-    Every block adds `strength`-sized random outputs and the heads get `noise`, so that drafts are often but not
-    always right; with both 0 they always are.
+    Every block adds `strength`-sized random outputs and the heads get `noise`, so drafts are often right;
+    with both 0 they always are.
     """
     model = _random_model(name, heads=heads, **changes)
     generator = torch.Generator().manual_seed(5)

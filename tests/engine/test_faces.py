@@ -87,5 +87,5 @@ def test_a_line_beyond_the_context_is_an_error_in_a_pipe(folder, monkeypatch):
 
 def test_a_model_without_tokenizer_cannot_talk(tmp_path, flash):
     flash.save(tmp_path / "m")
-    with pytest.raises(ConfigError, match="has no tokenizer[.]json to read text with"):
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json to read text with"):
         faces.generate(str(tmp_path / "m"), "x")

@@ -1,11 +1,11 @@
-"""The compiled attention kernel against dense float64 attention, at every instruction set this machine has."""
+"""The compiled attention kernel against dense float64 attention, at every instruction set of this machine."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, product
 
 import pytest
 import torch
@@ -29,16 +29,18 @@ LEVELS = ("generic", "avx2", "avx512")
 
 
 def dense(q, k, v, cu_q, cu_k, window, sink):
-    """Attention [T, N, V] and log-sum-exp [N, T] in the inputs' dtype, with all scores at once; differentiable."""
+    """Attention [T, N, V] and log-sum-exp [N, T] from all scores at once; differentiable."""
     group = q.shape[1] // k.shape[1]
     owner_q = torch.repeat_interleave(torch.arange(len(cu_q) - 1), torch.tensor(cu_q).diff())
     owner_k = torch.repeat_interleave(torch.arange(len(cu_k) - 1), torch.tensor(cu_k).diff())
-    shift = torch.tensor([(k1 - k0) - (q1 - q0) for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k))])
+    shift = torch.tensor(cu_k).diff() - torch.tensor(cu_q).diff()
     place_q = torch.arange(len(q)) - torch.tensor(cu_q)[owner_q] + shift[owner_q]
     place_k = torch.arange(len(k)) - torch.tensor(cu_k)[owner_k]
     gap = place_q[:, None] - place_k[None, :]
     seen = (owner_q[:, None] == owner_k[None, :]) & (gap >= 0) & (gap < (window or 10**9))
-    scores = torch.einsum("tkgh,skh->kgts", q.unflatten(1, (-1, group)), k).flatten(0, 1) * q.shape[-1] ** -0.5
+    scores = (
+        torch.einsum("tkgh,skh->kgts", q.unflatten(1, (-1, group)), k).flatten(0, 1) * q.shape[-1] ** -0.5
+    )
     weights = scores.exp() * seen
     total = weights.sum(-1) + (0 if sink is None else sink.exp()[:, None])
     probs = weights / torch.where(total > 0, total, torch.ones_like(total)).unsqueeze(-1)
@@ -49,7 +51,13 @@ def dense(q, k, v, cu_q, cu_k, window, sink):
 def case(lengths_q, lengths_k, shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     N, K, H, V = shape
-    sizes = ((sum(lengths_q), N, H), (sum(lengths_k), K, H), (sum(lengths_k), K, V), (N,), (sum(lengths_q), N, V))
+    sizes = (
+        (sum(lengths_q), N, H),
+        (sum(lengths_k), K, H),
+        (sum(lengths_k), K, V),
+        (N,),
+        (sum(lengths_q), N, V),
+    )
     return [torch.randn(size, dtype=torch.float64, generator=generator) for size in sizes]
 
 
@@ -73,8 +81,9 @@ def check(lengths_q, lengths_k, shape, window, has_sink, **views):
     )
     pairs = {"out": (got, want), "lse": (lse, want_lse)}
     want_grads = torch.autograd.grad(want, truth, d_out)
-    for name, ours, theirs in zip("qkvs", torch.autograd.grad(got, leaves, d_out.float()), want_grads):
-        pairs[f"d_{name}"] = ours, theirs
+    got_grads = torch.autograd.grad(got, leaves, d_out.float())
+    for i, name in enumerate(["d_q", "d_k", "d_v", "d_sink"][: len(leaves)]):
+        pairs[name] = got_grads[i], want_grads[i]
     for name, (ours, theirs) in pairs.items():
         ours, theirs = ours.detach(), theirs.detach()
         finite = theirs.isfinite()
@@ -150,9 +159,10 @@ def test_large_scores_neither_overflow_nor_lose_the_row():
         scores = torch.einsum("tnh,sh->nts", q.double(), k[:, 0].double()) * scale
         scores = scores.masked_fill(torch.ones(70, 70).triu(1).bool(), -torch.inf)
         want = torch.einsum("nts,sv->tnv", scores.softmax(-1), v[:, 0].double())
-        assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=2e-6)
-        # float32 scores of size 1e4 are only known to 1e-3, and so is what is averaged with them
-        assert (out - want).abs().max() < (1e-5 if scale == 1.0 else 2e-2)
+        # Scores of this size are only known to a few units of float32, and so is what is averaged with them.
+        top = float(scores[scores.isfinite()].abs().max())
+        assert (lse - scores.logsumexp(-1)).abs().max() < 4e-7 * top
+        assert (out - want).abs().max() < 4e-7 * max(top, 10.0)
 
 
 @needs_kernels
@@ -206,7 +216,9 @@ def test_the_public_call_chooses_it_and_compiles_without_a_graph_break():
     cu = torch.tensor([0, 30, 70], dtype=torch.int32)
 
     def loss(q, k, v, sink, backend):
-        return (ops.attention(q * 2, k, v, cu_seqlens_q=cu, window=9, sink_N=sink, backend=backend) ** 2).sum()
+        return (
+            ops.attention(q * 2, k, v, cu_seqlens_q=cu, window=9, sink_N=sink, backend=backend) ** 2
+        ).sum()
 
     eager = torch.autograd.grad(loss(q, k, v, sink, "auto"), (q, k, v, sink))
     named = torch.autograd.grad(loss(q, k, v, sink, "native"), (q, k, v, sink))
@@ -236,21 +248,29 @@ def test_the_extension_refuses_what_would_read_outside_its_arrays():
         loader.native().attention_forward(q, k, v, *offsets, None, 1.0, 0, 1, out, lse)
 
     run([0, 4], [0, 4])
-    for cu_q, cu_k in (([0, 5], [0, 4]), ([0, 4], [0, 3]), ([0, 6, 4], [0, 2, 4]), ([1, 4], [0, 4]), ([0, 4], [0, 2, 4])):
-        with pytest.raises(ValueError, match="offsets|number of sequences"):
+    for cu_q, cu_k in (
+        ([0, 5], [0, 4]),
+        ([0, 4], [0, 3]),
+        ([0, 6, 4], [0, 2, 4]),
+        ([1, 4], [0, 4]),
+        ([0, 4], [0, 2, 4]),
+    ):
+        with pytest.raises(ValueError, match=r"offsets|number of sequences"):
             run(cu_q, cu_k)
 
 
 def in_process(level, code):
     environment = {**os.environ, "SATEEN_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @needs_kernels
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set_passes_the_grid(level):
-    if os.environ.get("SATEEN_CPU_ISA") == level:
-        pytest.skip("is the level of this very run")
+    if loader.native().current_isa() == level:
+        pytest.skip("needs no process of its own: this run is at this level")
     try:
         loader.native().select_isa(level)
     except ValueError:
@@ -288,10 +308,14 @@ def test_without_the_extension_it_says_so_once_and_auto_goes_on(monkeypatch, cap
     cu = torch.tensor([0, 9], dtype=torch.int32)
     with caplog.at_level("WARNING", logger="sateen.ops"):
         for _ in range(2):
-            with pytest.raises(BackendUnavailable, match="cannot run this call: the compiled kernels are missing"):
+            with pytest.raises(
+                BackendUnavailable, match="cannot run this call: the compiled kernels are missing"
+            ):
                 ops.attention(q, k, v, cu_seqlens_q=cu, backend="native")
             out = ops.attention(q, k, v, cu_seqlens_q=cu)
-    with pytest.raises(BackendUnavailable, match="install a C\\+\\+ compiler"):
+    with pytest.raises(BackendUnavailable, match=r"install a C\+\+ compiler"):
         loader.native()
-    assert torch.allclose(out.double(), dense(q.double(), k.double(), v.double(), [0, 9], [0, 9], None, None)[0], atol=1e-5)
+    assert torch.allclose(
+        out.double(), dense(q.double(), k.double(), v.double(), [0, 9], [0, 9], None, None)[0], atol=1e-5
+    )
     assert [r.levelname for r in caplog.records if "CPU kernels are off" in r.message] == ["WARNING"]

@@ -117,7 +117,7 @@ def save_checkpoint(
             _remove(final)
         fresh.rename(final)
         _flush_one(root)
-        _point(run / "model", Path("checkpoints") / final.name / "hf")
+        point(run / "model", Path("checkpoints") / final.name / "hf")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise CheckpointError(
@@ -161,7 +161,7 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
     # A process killed between the rename and the link leaves the link one checkpoint behind.
     link, target = run / "model", found.hf.relative_to(run)
     if not link.is_symlink() or link.readlink() != target:
-        _point(link, target)
+        point(link, target)
     return found
 
 
@@ -196,7 +196,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _point(link: Path, target: Path) -> None:
+def point(link: Path, target: Path) -> None:
     """Makes `link` a symbolic link to `target`, in one step."""
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)

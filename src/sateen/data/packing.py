@@ -67,12 +67,17 @@ class PackedBatch:
         return replace(self, **moved)
 
     def shifted_labels(self, by: int) -> Tensor:
-        """The labels `by` tokens further on, -100 where that leaves the sequence: targets of MTP head `by`-1."""
+        """The labels `by` tokens further on, -100 where that leaves the sequence: MTP head `by`-1's targets."""
         labels = torch.full_like(self.labels, IGNORE)
-        labels[: self.num_tokens - by] = self.labels[by:]
-        ends = self.cu_seqlens[1:].long()
-        for back in range(1, by + 1):
-            labels[(ends - back).clamp(min=0)] = IGNORE
+        kept = max(self.num_tokens - by, 0)
+        # A row keeps its label only if the row `by` further on belongs to the same sequence.
+        owner = torch.bucketize(
+            torch.arange(self.num_tokens, device=labels.device),
+            self.cu_seqlens[1:].to(torch.int64),
+            right=True,
+        )
+        is_same = owner[:kept] == owner[self.num_tokens - kept :]
+        labels[:kept] = torch.where(is_same, self.labels[self.num_tokens - kept :], IGNORE)
         return labels
 
 
@@ -80,7 +85,8 @@ class PackedBatch:
 class TokenSignals:
     """Per-token weights of the losses of one step, detached and already normalised.
 
-    The loss is `sum_t -(policy_T + ce_T) * logprob_t + ref_kl_T * kl_t - sum_k exp(target_logprobs) * logprob_k`.
+    The loss is `sum_t -(policy_T + ce_T) * logprob_t + ref_kl_T * kl_t`, and for soft targets
+    `sum_t -sum_k exp(target_logprobs) * logprob_k`.
 
     Attributes:
         policy_T: weight of the policy-gradient loss.
@@ -100,7 +106,7 @@ class TokenSignals:
 
 
 def pack(sequences: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None = None) -> PackedBatch:
-    """A batch of these token sequences; labels default to the next token of each sequence, -100 at its end."""
+    """A batch of these token sequences; labels default to the next token in each, -100 at its end."""
     flat = [token for sequence in sequences for token in sequence]
     if labels is None:
         labels = [[*sequence[1:], IGNORE] if sequence else [] for sequence in sequences]

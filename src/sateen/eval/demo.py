@@ -53,7 +53,7 @@ def evaluate(folder: Path, settings: dict[str, Any]) -> None:
         "worse": worse(models["hybrid"], models["twin"]),
         "commands": [
             f"sateen demo --minutes {settings['minutes']:g} --fresh",
-            f"sateen eval {folder / 'hybrid'}",
+            f"sateen eval {folder}",
         ],
     }
     write_atomically(folder / "evaluation.json", json.dumps(evaluation, indent=1) + "\n")
@@ -69,15 +69,17 @@ def measure(run: Path, train_docs: list[Document], heldout: list[Document]) -> d
     plain = LLM(run, draft="none", max_num_seqs=32)
     drafting = LLM(run, draft="mtp", max_num_seqs=32)
     window = max((spec.window or 0 for spec in model.config.specs), default=0) or 64
-    tasks = _tasks(tokenizer, 2 * window, [d.text for d in train_docs])
+    # Further than three stacked windows reach, so that only full attention can carry the value.
+    tasks = _tasks(tokenizer, 4 * window, [d.text for d in train_docs])
     results = {
         name: evaluate_task(plain, task, n=n, seed=1).as_receipt() for name, (task, n) in tasks.items()
     }
     prompts = _prompts(tokenizer, heldout)
     sampled = SamplingParams(temperature=TEMPERATURE, max_tokens=64)
     greedy = SamplingParams(temperature=0.0, max_tokens=64)
-    one = {"max_num_seqs": 1, "max_model_len": context}
-    single, single_drafting = LLM(run, draft="none", **one), LLM(run, draft="mtp", **one)
+    single, single_drafting = (
+        LLM(run, draft=draft, max_num_seqs=1, max_model_len=context) for draft in ("none", "mtp")
+    )
     with_drafts, without = decode_speed(single_drafting, single, prompts, sampled)
     return {
         "parameters": count_parameters(model),

@@ -36,8 +36,8 @@ class Perplexity:
 def windows(ids: list[int], context: int) -> list[tuple[list[int], int]]:
     """Pieces of at most `context` input tokens, each with the number of its first scored prediction.
 
-    Pieces after the first begin half a context earlier than what they score, so that every token but the first
-    few is predicted with at least half a context before it.
+    Pieces after the first begin half a context earlier than what they score, so that every token but the
+    first few is predicted with at least half a context before it.
     """
     total = len(ids) - 1
     pieces, scored = [], 0
@@ -69,7 +69,8 @@ def perplexity(
     for document in documents:
         num_bytes += len(document.text.encode())
         pieces += windows([tokenizer.eos_id, *tokenizer.encode(document.text)], context)
-    nats, count, waiting, size = 0.0, 0, [], 0
+    nats, count, size = 0.0, 0, 0
+    waiting: list[tuple[list[int], int]] = []
     for piece in [*pieces, None]:
         if piece is None or (waiting and size + len(piece[0]) > tokens_per_batch):
             if waiting:

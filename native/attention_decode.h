@@ -1,0 +1,96 @@
+// Attention of a few query rows, as in decoding: vectors run along the channels instead of the rows, whose lanes
+// would be idle. Called by attention_forward.cpp, which merges and writes the result like any other.
+#pragma once
+
+#include "attention_rows.h"
+#include "gemm.h"
+
+namespace sateen::SATEEN_ISA {
+namespace {
+
+constexpr long kFewRows = 8;
+constexpr long kFewRowsKeys = 256;  // keys per block: the maximum over lanes is taken once per block and row
+
+inline bool fits_few_rows(const AttentionShape& p, long rows) {
+    return rows <= kFewRows && p.H % W == 0 && p.V % W == 0;
+}
+
+template <int D>
+SATEEN_INLINE void halve(vfloat (&rows)[W]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < D; ++i) {
+        exchange<D>(rows[i], rows[i + D], std::make_integer_sequence<int, W>{});
+        rows[i] += rows[i + D];
+    }
+}
+
+// Lane i is the sum over the lanes of vector i.
+SATEEN_INLINE vfloat sum_each(vfloat (&rows)[W]) {
+    if constexpr (W > 8) halve<8>(rows);
+    if constexpr (W > 4) halve<4>(rows);
+    halve<2>(rows);
+    halve<1>(rows);
+    return rows[0];
+}
+
+// Scores of one row and keys [begin, end), -inf where not visible; returns the largest.
+inline float few_scores(const AttentionShape& p, const Tile& tile, long row, const float* q, long k0, long head, long begin,
+                        long end, float* scores) {
+    vint lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    vfloat top = splat(-kInf);
+    for (long s = begin; s < end; s += W) {
+        vfloat dot[W] = {};
+        const float* key[W];
+        for (int i = 0; i < W; ++i) key[i] = p.k.at(k0 + (s + i < end ? s + i : end - 1), head);
+        for (long h = 0; h < p.H; h += W) {
+            const vfloat x = load(q + h);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) dot[i] += x * load(key[i] + h);
+        }
+        const vint at = lane + splat_int(int(s));
+        const vint seen = (at <= splat_int(tile.newest[row])) & (at >= splat_int(tile.oldest[row])) & (at < splat_int(int(end)));
+        const vfloat x = seen ? sum_each(dot) : splat(-kInf);
+        store(scores + s - begin, x);
+        top = maximum(x, top);
+    }
+    float largest = -kInf;
+    for (int i = 0; i < W; ++i) largest = top[i] > largest ? top[i] : largest;
+    return largest;
+}
+
+// Attends to keys [from, to) of one tile of at most kFewRows rows; `top`, `sum` [rows] and `out` [rows, V] are set.
+// `query(i)` is row i's channels; q and memory are scratch of [rows, H] and [rows, kFewRowsKeys].
+template <typename RowAt>
+void attend_few_rows(const AttentionShape& p, const Tile& tile, RowAt query, long k0, long head, long from, long to, float* q,
+                     float* scores, float* top, float* sum, float* out) {
+    const long rows = tile.last - tile.first;
+    for (long i = 0; i < rows; ++i) {
+        top[i] = -kInf, sum[i] = 0.0f;
+        for (long h = 0; h < p.H; h += W) store(q + i * p.H + h, load(query(i) + h) * (p.scale * kLog2e));
+        for (long c = 0; c < p.V; c += W) store(out + i * p.V + c, vfloat{});
+    }
+    for (long begin = from; begin < to; begin += kFewRowsKeys) {
+        const long end = begin + kFewRowsKeys < to ? begin + kFewRowsKeys : to;
+        for (long i = 0; i < rows; ++i) {
+            float* const x = scores + i * kFewRowsKeys;
+            const float before = top[i], largest = few_scores(p, tile, i, q + i * p.H, k0, head, begin, end, x);
+            top[i] = largest > before ? largest : before;
+            const float base = top[i] == -kInf ? 0.0f : top[i];
+            const float shrink = exp2_fast(splat(before - base))[0];
+            vfloat total{};
+            for (long s = 0; s < end - begin; s += W) {
+                const vfloat weight = exp2_fast(load(x + s) - base);
+                total += weight;
+                store(x + s, weight);
+            }
+            sum[i] = sum[i] * shrink + sum_lanes(total);
+            for (long c = 0; c < p.V; c += W) store(out + i * p.V + c, load(out + i * p.V + c) * shrink);
+        }
+        multiply<false, Into::add>({scores, kFewRowsKeys, p.v.at(k0 + begin, head), p.v.token_stride, out, p.V}, rows, p.V,
+                                   end - begin);
+    }
+}
+
+}  // namespace
+}  // namespace sateen::SATEEN_ISA
