@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py --pairs 11
 
-The kernel's correctness tests run first; nothing is printed or written unless they pass. Both sides then run in
-interleaved pairs in one process. The peer gets its own layout [1, N, T, H] with key/value heads already repeated;
-with a window it is timed twice: with the banded mask, which is the same work, and as plain causal attention,
-which is the faster call a user could fall back to.
+The kernel's correctness tests run first; nothing is printed or written unless they pass. Both sides then run
+in interleaved pairs in one process. The peer gets its own layout [1, N, T, H] with key/value heads already
+repeated; with a window it is timed twice: with the banded mask, which is the same work, and as plain causal
+attention, which is the faster call a user could fall back to.
 """
 
 from __future__ import annotations

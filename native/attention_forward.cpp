@@ -8,6 +8,7 @@
 #include "gemm.h"
 
 #include <math.h>
+#include <string.h>
 
 namespace sateen::SATEEN_ISA {
 namespace {
@@ -59,17 +60,16 @@ inline void online_softmax(const Tile& tile, State& state, float* scores, long k
 }
 
 // Folds keys [begin, end) into a tile's state; `q` is [H, kLanes], already times scale * log2(e).
-void attend(const AttentionForward& p, const Tile& tile, State& state, const float* q, long k0, long head, long begin,
-            long end, float* scores) {
+void attend(const AttentionForward& p, const Tile& tile, State& state, const float* q, const float* k, const float* v,
+            long begin, long end, float* scores) {
     alignas(64) float factor[kLanes];
     const long keys = end - begin, lanes = round_up(tile.last - tile.first, W);
-    multiply<false, Into::zero>({p.k.at(k0 + begin, head), p.k.token_stride, q, kLanes, scores, kLanes}, keys, lanes, p.H);
+    multiply<false, Into::zero>({k, p.k.token_stride, q, kLanes, scores, kLanes}, keys, lanes, p.H);
     if (tile.masked(begin, end))
         online_softmax<true>(tile, state, scores, begin, keys, lanes, factor);
     else
         online_softmax<false>(tile, state, scores, begin, keys, lanes, factor);
-    multiply<true, Into::rescale>({p.v.at(k0 + begin, head), p.v.token_stride, scores, kLanes, state.out, kLanes}, p.V,
-                                  lanes, keys, factor);
+    multiply<true, Into::rescale>({v, p.V, scores, kLanes, state.out, kLanes}, p.V, lanes, keys, factor);
 }
 
 // Adds another part of the keys to a state.
@@ -144,21 +144,25 @@ struct Part {
 void run_tiles(const AttentionForward& p, const Sequence& s, const Tile* tiles, long count, const Task& task, const Part& keys,
                float* states) {
     const long group = p.N / p.K;
-    float* const q = scratch.take(kTiles * p.H * kLanes + kKeys * kLanes);
-    float* const scores = q + kTiles * p.H * kLanes;
+    float* const q = scratch.take(kTiles * p.H * kLanes + kKeys * kLanes + kKeys * p.V);
+    float *const scores = q + kTiles * p.H * kLanes, *const v = scores + kKeys * kLanes;
     for (long i = 0; i < count; ++i) {
         const long row = tiles[i].first;
         const auto query = [&](long j) { return p.q.at(s.q0 + (row + j) / group, task.head * group + (row + j) % group); };
         pack_transposed(query, p.H, p.scale * kLog2e, q + i * p.H * kLanes, kLanes, tiles[i].last - row);
     }
-    for (long key = keys.from; key < keys.to; key += kKeys)
+    for (long key = keys.from; key < keys.to; key += kKeys) {
+        const long stop = key + kKeys < keys.to ? key + kKeys : keys.to;
+        // Values are read down a column of kKeys rows; rows a power of two apart would evict each other from the cache.
+        for (long j = key; j < stop; ++j) memcpy(v + (j - key) * p.V, p.v.at(s.k0 + j, task.head), p.V * sizeof(float));
         for (long i = 0; i < count; ++i) {
-            const long begin = key > tiles[i].low ? key : tiles[i].low;
-            const long stop = key + kKeys < keys.to ? key + kKeys : keys.to, end = stop < tiles[i].high ? stop : tiles[i].high;
+            const long begin = key > tiles[i].low ? key : tiles[i].low, end = stop < tiles[i].high ? stop : tiles[i].high;
             if (begin >= end) continue;
             State state(states + i * State::size(p.V));
-            attend(p, tiles[i], state, q + i * p.H * kLanes, s.k0, task.head, begin, end, scores);
+            attend(p, tiles[i], state, q + i * p.H * kLanes, p.k.at(s.k0 + begin, task.head), v + (begin - key) * p.V, begin, end,
+                   scores);
         }
+    }
 }
 
 // A task whose rows are so few that they fit attention_decode.h.

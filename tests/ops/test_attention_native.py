@@ -62,7 +62,7 @@ def case(lengths_q, lengths_k, shape, seed=0):
 
 
 def check(lengths_q, lengths_k, shape, window, has_sink, **views):
-    """Compares outputs and every gradient of one call; `views` may change the layout of an input."""
+    """Compares outputs and every gradient of one call; `view` may change the layout of q, k and v."""
     *inputs, d_out = case(lengths_q, lengths_k, shape)
     cu_q, cu_k = [0, *accumulate(lengths_q)], [0, *accumulate(lengths_k)]
     if not has_sink:

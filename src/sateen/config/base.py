@@ -121,6 +121,9 @@ def explain(error: ValidationError, origin: Callable[[Loc], str]) -> str:
         origin: names the file or flag that set a path.
     """
     errors = error.errors(include_url=False)
+    # A list that loses its bad items is then too short as well; the items' own problems say what is wrong.
+    inner = {e["loc"][:depth] for e in errors for depth in range(len(e["loc"]))}
+    errors = [e for e in errors if e["type"] != "too_short" or e["loc"] not in inner]
     return "\n".join(f"{origin(e['loc'])}: {_sentence(dict(e))}" for e in errors)
 
 

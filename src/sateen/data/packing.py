@@ -67,7 +67,7 @@ class PackedBatch:
         return replace(self, **moved)
 
     def shifted_labels(self, by: int) -> Tensor:
-        """The labels `by` tokens further on, -100 where that leaves the sequence: MTP head `by`-1's targets."""
+        """The labels `by` tokens further on, -100 where that leaves the sequence: MTP targets."""
         labels = torch.full_like(self.labels, IGNORE)
         kept = max(self.num_tokens - by, 0)
         # A row keeps its label only if the row `by` further on belongs to the same sequence.

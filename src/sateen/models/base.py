@@ -11,9 +11,10 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
-from sateen.errors import ConfigError, nearest
+from sateen.errors import ConfigError
 from sateen.nn.spec import KVLayout, LayerSpec, MTPSpec
 
 log = logging.getLogger("sateen.models")
@@ -143,9 +144,12 @@ def check_keys(raw: Mapping[str, Any], known: Collection[str], origin: str) -> N
     """Refuses a key that looks like a misspelling of one that is absent; logs the other unknown ones."""
     unknown = [key for key in raw if key not in known]
     for key in unknown:
-        hint = nearest(key, [k for k in known if k not in raw])
-        if hint and nearest(key, raw.keys() & set(known)) == "":
-            raise ConfigError(f"{origin}: {key} is not a key of {raw.get('model_type')!r}{hint}")
+        # Stricter than other hints: a hub's config may hold keys of its own that merely sound alike.
+        close = get_close_matches(key, list(known), n=1, cutoff=0.85)
+        if close and close[0] not in raw:
+            raise ConfigError(
+                f"{origin}: {key} is not a key of {raw.get('model_type')!r}; did you mean {close[0]}?"
+            )
     if unknown:
         log.info("%s: kept but not used: %s", origin, ", ".join(sorted(unknown)))
 
