@@ -1,4 +1,4 @@
-"""Every mistake on the project's list, made through the command line: one clear line, exit 2, nothing lost."""
+"""Every mistake on the project's list, made through the command line: one line, exit 2, nothing lost."""
 
 import json
 import os

@@ -97,7 +97,7 @@ def check(lengths_q, lengths_k, shape, window, has_sink, **views):
 @pytest.mark.parametrize(("length", "window"), GRID)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_one_sequence(length, window):
-    # Every shape meets every length and window; sinks alternate, so that each shape has them at half the grid.
+    # Every shape meets every length and window; sinks alternate, so each shape has them on half the grid.
     for i, shape in enumerate(SHAPES):
         check([length], [length], shape, window, (GRID.index((length, window)) + i) % 2 == 0)
 

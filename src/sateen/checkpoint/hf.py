@@ -32,10 +32,12 @@ log = logging.getLogger("sateen.checkpoint")
 SHARD_BYTES = 5 * 2**30
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Files a model directory carries beside its tensors; copied byte for byte.
+# Files a model directory carries beside its tensors, as patterns; copied byte for byte. Receipts are not
+# among them: they speak of the weights they were measured on.
 CARRIED = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json merges.txt added_tokens.json "
-    "tokenizer.model chat_template.jinja generation_config.json"
+    "tokenizer.model chat_template.jinja generation_config.json configuration_*.py modeling_*.py "
+    "README.md LICENSE*"
 ).split()
 
 
@@ -338,12 +340,18 @@ def write_files(model: Decoder, folder: Path, *, carry_from: str | Path | None =
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
-    (folder / "config.json").write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
-    source = carry_from or getattr(model, "source", None)
-    for name in CARRIED if source else ():
-        file_path = Path(source or "") / name
-        if file_path.is_file():
-            shutil.copyfile(file_path, folder / name)
+    (folder / "config.json").write_text(json.dumps(_config_of(model), indent=2) + "\n")
+    source = carry_from or model.source
+    if source is not None:
+        for file_path in (file for pattern in CARRIED for file in Path(source).glob(pattern)):
+            shutil.copyfile(file_path, folder / file_path.name)
+
+
+def _config_of(model: Decoder) -> dict[str, Any]:
+    """The config.json of a model: as it was read, but for a dtype that is no longer that of the tensors."""
+    raw = model.config.to_hf()
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return {key: dtype if key in ("dtype", "torch_dtype") and value else value for key, value in raw.items()}
 
 
 Decoder.saver = save

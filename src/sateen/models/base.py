@@ -106,6 +106,15 @@ class ModelConfig:
             config = chosen.parse(raw)
         except KeyError as error:
             raise ConfigError(f"{origin}: {error.args[0]} is missing for {raw.get('model_type')!r}") from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            nulls = ", ".join(key for key in raw if raw[key] is None) or "none"
+            raise ConfigError(
+                f"{origin}: a value has the wrong type ({error}); keys that are null: {nulls}"
+            ) from None
+        if raw.get("attention_dropout"):
+            log.info("%s: attention_dropout %s is not applied", origin, raw["attention_dropout"])
         if config.mtp is None and chosen.mtp is not None and raw.get("num_nextn_predict_layers") is None:
             heads = {
                 int(m[1])

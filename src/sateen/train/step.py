@@ -110,7 +110,7 @@ class TrainStep:
             with matmul_dtype(device, self.dtype):
                 loss = objective.loss(self.model, batch)
             if loss.total.requires_grad:
-                loss.total.backward()  # type: ignore[no-untyped-call]
+                loss.total.backward()
             named = {"loss": loss.total.detach()} | {f"loss_{k}": v for k, v in loss.parts.items()}
             for name, value in named.items():
                 sums[name] = sums[name].to(value.device) + value

@@ -195,5 +195,7 @@ def attention_torch(
     assert block_max is None
     cu_q = cu_seqlens_q.tolist()
     cu_k = cu_q if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k.tolist()
-    out, lse = _Attention.apply(q_TNH, k_SKH, v_SKV, sink_N, cu_q, cu_k, scale, window)
+    out, lse = _Attention.apply(  # type: ignore[no-untyped-call]
+        q_TNH, k_SKH, v_SKV, sink_N, cu_q, cu_k, scale, window
+    )
     return (out, lse) if return_lse else out

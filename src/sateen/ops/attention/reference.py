@@ -60,6 +60,9 @@ def attention_reference(
             )
             maxima.append(padded.unflatten(-1, (num_blocks, block_max)).amax(-1))
     out = torch.cat(outs).to(q_TNH.dtype) if outs else q_TNH.new_zeros(*q_TNH.shape[:2], v_SKV.shape[2])
+    if not outs:
+        lses = [q_TNH.new_zeros(q_TNH.shape[1], 0, dtype=torch.float32)]
+        maxima = [lses[0].new_zeros(*lses[0].shape, 0)]
     extra = ([torch.cat(lses, 1)] if return_lse else []) + ([torch.cat(maxima, 1)] if block_max else [])
     return (out, *extra) if extra else out
 
