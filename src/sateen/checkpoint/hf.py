@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sateen.errors import CheckpointError, ConfigError, nearest
-from sateen.models.base import Entry, ModelConfig
+from sateen.models.base import Entry, ModelConfig, family
 from sateen.models.decoder import Decoder
 from sateen.models.presets import PRESETS
-from sateen.models.registry import family, preset
+from sateen.models.registry import preset
 from sateen.nn.moe import Router
 
 log = logging.getLogger("sateen.checkpoint")

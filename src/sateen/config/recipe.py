@@ -60,8 +60,9 @@ def resolved_toml(config: RunConfig) -> str:
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes are looked for by name: `recipes/` here, then in the checkout this package runs from."""
-    folders = [Path("recipes"), Path(__file__).parents[3] / "recipes"]
+    """Where recipes are looked for by name: `recipes/` here, then in the checkout or wheel that runs."""
+    package = Path(__file__).parents[1]
+    folders = [Path("recipes"), package.parents[1] / "recipes", package / "recipes"]
     return [folder for folder in folders if folder.is_dir()]
 
 

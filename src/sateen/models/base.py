@@ -12,9 +12,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
-from sateen.errors import ConfigError
+from sateen.errors import ConfigError, unknown_name
+from sateen.models.registry import FAMILIES
 from sateen.nn.spec import KVLayout, LayerSpec, MTPSpec
 
 log = logging.getLogger("sateen.models")
@@ -98,8 +100,6 @@ class ModelConfig:
             ConfigError: unknown model_type, a missing key, or a key that looks misspelt. Keys that resemble
                 none of ours are kept, not used, and named in one log line.
         """
-        from sateen.models.registry import family
-
         chosen = family(raw, origin)
         check_keys(raw, chosen.keys | NEUTRAL_KEYS, origin)
         try:
@@ -147,6 +147,22 @@ class ModelConfig:
 
         heads = [self.mtp.layer] * self.num_mtp_heads if self.mtp else []
         return tuple(Attention.kinds[spec.attention].kv_layouts(spec) for spec in (*self.specs, *heads))
+
+
+def family(raw: Mapping[str, Any], origin: str) -> Family:
+    """The family of a config dictionary.
+
+    Raises:
+        ConfigError: `model_type` is missing or unknown.
+    """
+    name = raw.get("model_type") or ""
+    # The first remote code of MiMo-V2-Flash left model_type empty; its architecture still tells.
+    if not name and raw.get("architectures") == ["MiMoV2FlashForCausalLM"]:
+        name = "mimo_v2_flash"
+    if name not in FAMILIES:
+        raise ConfigError(f"{origin}: {unknown_name('model_type', str(name), FAMILIES)}")
+    chosen: Family = import_module(FAMILIES[name]).FAMILY
+    return chosen
 
 
 def check_keys(raw: Mapping[str, Any], known: Collection[str], origin: str) -> None:
