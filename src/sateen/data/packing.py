@@ -38,8 +38,10 @@ class PackedBatch:
         position_ids: int64 [T], from 0 in each sequence.
         cu_seqlens: int32 [B + 1], offsets of the sequences; first 0, last T.
         labels: int64 [T], the token that follows each input token, or -100 where none is trained.
-        rewards: optional float [B], for algorithms.
+        rewards: optional float [B], for metrics.
+        advantages: optional float [B], what an algorithm credits each sequence with.
         old_logprobs: optional float [T], log-probabilities of `labels` when they were sampled.
+        teacher_logprobs: optional float [T], log-probabilities of `labels` under a teacher.
         replay: optional recorded choices to repeat.
     """
 
@@ -48,7 +50,9 @@ class PackedBatch:
     cu_seqlens: Tensor
     labels: Tensor
     rewards: Tensor | None = None
+    advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
     replay: Replay | None = None
 
     @property

@@ -1,0 +1,1 @@
+"""Sampling answers: the launch decisions of the seamless rollout engine."""
