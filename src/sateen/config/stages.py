@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 
 from pydantic import Field, model_validator
 
-from sateen.config.base import Config, Count, NonNegative, Positive, one_of, problem
+from sateen.config.base import Config, Count, Fraction, NonNegative, Positive, Rate, one_of, problem
 from sateen.config.optim import (
     AdamWConfig,
     ConstantSchedule,
@@ -133,6 +133,55 @@ class MTPConfig(StageConfig):
         detach_head=True,
     )
 
+    @model_validator(mode="after")
+    def _trains_heads_alone(self) -> MTPConfig:
+        fixed = {"balance_weight": 0, "router_bias_update_rate": 0, "detach_trunk": True, "detach_head": True}
+        for name, value in fixed.items():
+            given = getattr(self.losses, name)
+            if given != value:
+                raise problem(
+                    f"= {given} has no place in the mtp stage, whose trunk does not move; leave it out",
+                    "losses",
+                    name,
+                )
+        if not self.losses.mtp_weight:
+            raise problem("= 0 would train nothing in the mtp stage; give a weight above 0", "losses", "mtp_weight")
+        return self
+
+
+class RLConfig(StageConfig):
+    """Reinforcement learning on verifiable tasks, as in MiMo-7B §3.3: GRPO without a reference model.
+
+    `sources` are task sources; their examples are the prompts. The budget counts prompt and answer tokens of
+    trained rollouts. What the report leaves open is marked ours.
+
+    Attributes:
+        group_size: answers per prompt (source: ours).
+        prompts_per_batch: prompts whose groups make one update (source: ours, for small models).
+        updates_per_batch: mini-batches that one set of rollouts is split into; 1 is on-policy, as in the 0530
+            release (MiMo-7B §3.6).
+        max_tokens: longest answer.
+        temperature: of sampling (MiMo-7B §3.3.3).
+        clip_low, clip_high: bounds of the ratio (source: ours, after DAPO).
+        filter_metric: `acc` drops groups that are all right or all wrong, `reward` those of equal rewards.
+        easy_probability: of drawing a prompt that was answered in full before (MiMo-7B §3.3.2).
+        max_groups: groups in work at once (source: ours).
+    """
+
+    stage: Literal["rl"] = "rl"
+    group_size: Annotated[int, Field(ge=2)] = 8
+    prompts_per_batch: Positive = 16
+    updates_per_batch: Positive = 1
+    max_tokens: Positive = 64
+    temperature: Rate = 1.0
+    clip_low: Fraction = 0.2
+    clip_high: NonNegative = 0.28
+    filter_metric: Literal["acc", "reward"] = "acc"
+    easy_probability: Fraction = 0.1
+    max_groups: Positive = 24
+    optimizer: OptimizerConfig = AdamWConfig(learning_rate=1e-6)
+    losses: LossesConfig = LossesConfig(mtp_weight=0.0, balance_weight=0.0, router_bias_update_rate=0.0)
+
 
 class Stage(NamedTuple):
     """A row of `STAGES`: the function as `module:function`, and its settings class."""
@@ -145,6 +194,7 @@ STAGES: dict[str, Stage] = {
     "pretrain": Stage("sateen.train.pretrain:pretrain", PretrainConfig),
     "sft": Stage("sateen.train.sft:sft", SFTConfig),
     "mtp": Stage("sateen.train.mtp:mtp", MTPConfig),
+    "rl": Stage("sateen.post.rl:rl", RLConfig),
 }
 
 

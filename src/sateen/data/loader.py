@@ -202,6 +202,10 @@ class Loader:
                 best, largest = stream, behind
         return best
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing: token files have no news beside their tokens."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, as plain numbers that JSON can hold."""
         return {"identity": self._identity, "streams": [stream.state_dict() for stream in self._streams]}

@@ -1,4 +1,4 @@
-"""Ctrl-C that lets the running step finish."""
+"""Ctrl-C and SIGTERM that let the running step finish."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that no step is torn apart; a second one interrupts at once.
+    """Turns the first Ctrl-C or SIGTERM into a flag, so that no step is torn apart; a second one acts at once.
 
-    Yields a function that says whether Ctrl-C was pressed.
+    Yields a function that says whether one of them came.
     """
     was_asked = False
+    at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal was_asked
         was_asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, at_once[signal.Signals(number)])
 
     # Only the main thread may set handlers; elsewhere Ctrl-C belongs to somebody else.
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in at_once}
     try:
         yield lambda: was_asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,12 +36,30 @@ from sateen.train.step import TrainStep
 MakeObjective = Callable[[Decoder], TokenObjective]
 
 
+class BatchSource(Protocol):
+    """Where a stage's batches come from: token files for most, an engine's rollouts for some."""
+
+    def __next__(self) -> PackedBatch: ...
+
+    def metrics(self) -> dict[str, float]:
+        """Values about the newest batches, for metrics.jsonl."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+MakeBatches = Callable[[Decoder, RunData], BatchSource]
+
+
 def train_text(
     context: StageContext,
     make_objective: MakeObjective,
     *,
     adapt: Callable[[Decoder], Decoder] | None = None,
     freeze: Callable[[Decoder], None] | None = None,
+    make_batches: MakeBatches | None = None,
 ) -> None:
     """Runs or resumes a text stage to its token budget.
 
@@ -50,9 +68,11 @@ def train_text(
         make_objective: the stage's objective for the model it trains.
         adapt: changes the model once, where the stage begins; a resumed stage finds it changed.
         freeze: switches gradients off for what the stage does not train.
+        make_batches: where batches come from; the stage's token files when None.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, once the running step is finished and saved; a second Ctrl-C at once.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the running step is finished and saved; a second
+            Ctrl-C at once.
         TrainingError: a loss is not finite.
         CheckpointError: a checkpoint cannot be written or read.
     """
@@ -73,7 +93,8 @@ def train_text(
         model = adapt(model)
     if freeze is not None:
         freeze(model)
-    loop = _Loop(context, model.train(), data, make_objective(model), saved)
+    batches = _loader(context, data) if make_batches is None else make_batches(model, data)
+    loop = _Loop(context, model.train(), data, make_objective(model), batches, saved)
     if resumes:
         assert saved is not None
         loop.load(saved)
@@ -83,6 +104,17 @@ def train_text(
 def stage_seed(context: StageContext) -> int:
     """The seed of a stage's data order and random numbers, another one for each stage of a run."""
     return context.config.seed + 1_000_003 * context.stage_index
+
+
+def _loader(context: StageContext, data: RunData) -> BatchSource:
+    """The mixture of the stage's token files."""
+    return Loader(
+        data.sources,
+        tokens_per_batch=context.stage.tokens_per_micro_batch,
+        seq_len=context.stage.seq_len,
+        seed=stage_seed(context),
+        pad_id=data.tokenizer.eos_id,
+    )
 
 
 def compile_pieces(model: Decoder) -> None:
@@ -108,6 +140,7 @@ class _Loop:
         model: Decoder,
         data: RunData,
         objective: TokenObjective,
+        batches: BatchSource,
         saved: Checkpoint | None,
     ):
         config, stage = context.config, context.stage
@@ -124,13 +157,7 @@ class _Loop:
         )
         if stage.compile:
             compile_pieces(model)
-        self.loader = Loader(
-            data.sources,
-            tokens_per_batch=stage.tokens_per_micro_batch,
-            seq_len=stage.seq_len,
-            seed=stage_seed(context),
-            pad_id=data.tokenizer.eos_id,
-        )
+        self.loader = batches
         self.token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
         self.token_bytes[: data.tokenizer.vocab_size] = torch.from_numpy(data.tokenizer.token_bytes)
         # Steps and tokens count over the whole run, stage_tokens over this stage.
@@ -176,6 +203,9 @@ class _Loop:
                         ):
                             self.next_checkpoint += self.stage.checkpoint_every_tokens
                         self._save()
+                if is_interrupted():  # during the last step: the stage is done, the next one must not begin
+                    progress.note(f"interrupted at step {self.step}, the stage's last; saved")
+                    raise KeyboardInterrupt
         finally:
             progress.stop()
 
@@ -187,11 +217,17 @@ class _Loop:
         factor = self.schedule(self.stage_tokens + stage.tokens_per_batch / 2)
         result = self.train_step(batches, factor)
         self.step += 1
-        self.tokens += stage.tokens_per_batch
-        self.stage_tokens += stage.tokens_per_batch
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        self.tokens += num_tokens
+        self.stage_tokens += num_tokens
         self.trace.add(self.step, result.expert_counts)
         step_s = time.perf_counter() - began
-        values: dict[str, Any] = {"stage": stage.stage, "tokens": self.tokens, **result.metrics}
+        values: dict[str, Any] = {
+            "stage": stage.stage,
+            "tokens": self.tokens,
+            **result.metrics,
+            **self.loader.metrics(),
+        }
         if "loss_main" in values:
             values["bits_per_byte"] = self._bits_per_byte(values["loss_main"], batches)
         values["lr"] = self.optimizer.learning_rate * factor
@@ -200,7 +236,7 @@ class _Loop:
                 self.next_eval += stage.eval_every_tokens
             values["heldout_bits_per_byte"] = self._heldout()
         return values | {
-            "tokens_per_s": round(stage.tokens_per_batch / step_s, 1),
+            "tokens_per_s": round(num_tokens / step_s, 1),
             "step_s": round(step_s, 4),
         }
 

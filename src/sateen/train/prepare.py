@@ -17,7 +17,7 @@ from sateen.config import ChatTaskSource, PythonDocsSource, StageContext, TaskSo
 from sateen.config import Source as SourceConfig
 from sateen.data.chat import encode_chat
 from sateen.data.loader import Source
-from sateen.data.tasks import Example, task_class
+from sateen.data.tasks import Example, Task, task_class
 from sateen.data.text import Document, python_docs, split_heldout, text_dir
 from sateen.data.token_file import TokenDocument, TokenFile, write_texts, write_tokens
 from sateen.data.tokenizer import Tokenizer, check_vocab
@@ -134,19 +134,28 @@ def _split(source: SourceConfig) -> tuple[list[Document], list[Document]]:
     return split_heldout(documents, source.heldout_share)
 
 
-def _examples(source: SourceConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
-    """A task's examples; a task that measures lengths gets this tokenizer."""
-    assert isinstance(source, TaskSource)
+def build_task(source: TaskSource, tokenizer: Tokenizer) -> Task:
+    """The task of a source; one that measures lengths gets this tokenizer.
+
+    Raises:
+        ConfigError: the task is unknown or does not take the source's parameters.
+    """
     cls = task_class(source.task)
     parameters = dict(source.parameters)
     if "count_tokens" in inspect.signature(cls).parameters:
         parameters["count_tokens"] = lambda text: len(tokenizer.encode(text))
     try:
-        task = cls(**parameters)
+        return cls(**parameters)
     except TypeError as error:
         raise ConfigError(
             f"data.*.parameters of task {source.task!r}: {error}; see the task's arguments"
         ) from None
+
+
+def _examples(source: SourceConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
+    """The examples a task source trains on."""
+    assert isinstance(source, TaskSource)
+    task = build_task(source, tokenizer)
     rng = random.Random(f"{seed}/{source.task}/{source.kind}/{sorted(source.parameters.items())}")
     return (task.sample(rng) for _ in range(source.num_examples))
 
