@@ -25,6 +25,7 @@ from sateen.config.recipe import find_recipe, load_recipe, resolved_toml
 from sateen.config.run import RunConfig
 from sateen.config.stages import (
     STAGES,
+    MOPDConfig,
     MTPConfig,
     PretrainConfig,
     Progress,
@@ -46,6 +47,7 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "LossesConfig",
+    "MOPDConfig",
     "MTPConfig",
     "ModelSource",
     "MuonConfig",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 
 from pydantic import Field, model_validator
 
-from sateen.config.base import Config, Count, Fraction, NonNegative, Positive, Rate, one_of, problem
+from sateen.config.base import Config, Count, FilePath, Fraction, NonNegative, Positive, Rate, one_of, problem
 from sateen.config.optim import (
     AdamWConfig,
     ConstantSchedule,
@@ -145,7 +145,9 @@ class MTPConfig(StageConfig):
                     name,
                 )
         if not self.losses.mtp_weight:
-            raise problem("= 0 would train nothing in the mtp stage; give a weight above 0", "losses", "mtp_weight")
+            raise problem(
+                "= 0 would train nothing in the mtp stage; give a weight above 0", "losses", "mtp_weight"
+            )
         return self
 
 
@@ -183,6 +185,28 @@ class RLConfig(StageConfig):
     losses: LossesConfig = LossesConfig(mtp_weight=0.0, balance_weight=0.0, router_bias_update_rate=0.0)
 
 
+class MOPDConfig(RLConfig):
+    """Multi-teacher on-policy distillation (MiMo-V2-Flash §4.4): every source has one teacher.
+
+    Attributes:
+        teachers: task source -> its teacher, a run folder or model directory of the same tokenizer.
+        band: ratios of trainer to sampler probability that are kept (source: ours).
+        outcome_weight: weight of the outcome advantage beside the teacher's log-ratio (source: ours).
+        logratio_clip: bound of the teacher's log-ratio; 0, as in the report, for none.
+        group_size: 1 distils only; more give the outcome reward something to compare.
+        filter_metric: `none`, because the teacher has something to say about every answer.
+    """
+
+    stage: Literal["mopd"] = "mopd"  # type: ignore[assignment]
+    teachers: dict[str, FilePath] = Field(default_factory=dict)
+    band: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.5, 5.0)
+    outcome_weight: NonNegative = 0.1
+    logratio_clip: NonNegative = 0.0
+    group_size: Positive = 4
+    filter_metric: Literal["none", "acc", "reward"] = "none"  # type: ignore[assignment]
+    easy_probability: Fraction = 0.0
+
+
 class Stage(NamedTuple):
     """A row of `STAGES`: the function as `module:function`, and its settings class."""
 
@@ -195,6 +219,7 @@ STAGES: dict[str, Stage] = {
     "sft": Stage("sateen.train.sft:sft", SFTConfig),
     "mtp": Stage("sateen.train.mtp:mtp", MTPConfig),
     "rl": Stage("sateen.post.rl:rl", RLConfig),
+    "mopd": Stage("sateen.post.mopd:mopd", MOPDConfig),
 }
 
 

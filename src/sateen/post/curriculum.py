@@ -21,9 +21,12 @@ def is_informative(
     Args:
         rewards: of the group's answers.
         correct: whether each passes in full.
-        metric: `acc` keeps groups with right and wrong answers, `reward` those whose rewards differ by at
-            least `least_spread`, which with partial rewards also keeps groups that no answer solves.
+        metric: `none` keeps every group, `acc` keeps groups with right and wrong answers, `reward` those
+            whose rewards differ by at least `least_spread`, which with partial rewards also keeps groups that
+            no answer solves.
     """
+    if metric == "none":
+        return True
     if metric == "acc":
         return any(correct) and not all(correct)
     assert metric == "reward", metric

@@ -7,7 +7,7 @@ decides when another prompt starts; the engine's continuous batching is its work
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,7 +44,13 @@ def draw_prompts(tasks: dict[str, tuple[Task, int]], seed: int) -> list[Prompt]:
 
 
 class RolloutSource:
-    """An endless iterator of packed rollouts; implements `train.loop.BatchSource`."""
+    """An endless iterator of packed rollouts; implements `train.loop.BatchSource`.
+
+    Attributes:
+        annotate: changes a batch's rollouts before they are packed, for example to add a teacher's scores.
+    """
+
+    annotate: Callable[[list[Rollout]], list[Rollout]] | None = None
 
     def __init__(
         self,
@@ -86,6 +92,8 @@ class RolloutSource:
                 for i in range(0, len(groups), size)
             ]
         rollouts = self._pending.pop(0)
+        if self.annotate is not None:
+            rollouts = self.annotate(rollouts)
         advantages = group_advantages([r.group for r in rollouts], [r.reward for r in rollouts])
         return pack_rollouts(rollouts, advantages)
 
