@@ -207,10 +207,12 @@ def test_bench_runs_a_script_of_the_checkout_and_returns_its_code(
 ) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "speed.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
+    (tmp_path / "benchmarks" / "two_words.py").write_text("import sys\nsys.exit(4)\n")
     (tmp_path / "benchmarks" / "_shared.py").touch()
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "speed", "--help", "7"]) == 3
     assert capfd.readouterr().out == "['--help', '7']\n"
+    assert main(["bench", "two-words"]) == 4
     assert main(["bench", "sped"]) == 2
     err = capfd.readouterr().err
     assert err.startswith("sateen: error: there is no benchmark 'sped'; did you mean speed? (known: ")

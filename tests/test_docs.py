@@ -151,7 +151,7 @@ def _parse(arguments: list[str], capsys: pytest.CaptureFixture[str], place: str)
     assert code == 0, f"{place}: sateen {' '.join(arguments)}: {capsys.readouterr().err}"
     files = []
     if flags.get("verb") == "bench":
-        files = [f"benchmarks/{flags['name']}.py"]
+        files = [f"benchmarks/{flags['name'].replace('-', '_')}.py"]
     elif flags.get("verb") == "train":
         recipes = [flags["recipe"], *flags["overlays"]]
         files = [name if name.endswith(".toml") else f"recipes/{name}.toml" for name in recipes]

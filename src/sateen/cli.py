@@ -82,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
 def bench(name: str, arguments: Sequence[str] = ()) -> int:
     """Runs `benchmarks/NAME.py` of the checkout in a process of its own; returns its exit code.
 
+    A hyphen in the name stands for an underscore in the file's.
+
     Raises:
         ConfigError: there is no such benchmark, or no checkout; the message lists the known ones.
     """
@@ -89,7 +91,8 @@ def bench(name: str, arguments: Sequence[str] = ()) -> int:
     from pathlib import Path
 
     folders = [Path("benchmarks"), Path(__file__).parents[2] / "benchmarks"]
-    known = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("[!_]*.py"))}
+    files = [file for folder in reversed(folders) for file in sorted(folder.glob("[!_]*.py"))]
+    known = {file.stem.replace("_", "-"): file for file in files}
     if name not in known:
         names = ", ".join(sorted(known)) or "none; benchmarks come with a checkout, not with the package"
         raise ConfigError(f"there is no benchmark {name!r}{nearest(name, known)} (known: {names})")

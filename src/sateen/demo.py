@@ -134,16 +134,19 @@ def train(folder: Path, settings: dict[str, Any]) -> None:
         try:
             _watch(folder, {name: sum(s.tokens for s in runs[name].stages) for name in wave}, started)
         finally:
+            failed = [
+                name for name, process in started.items() if process.poll()
+            ]  # before others are stopped
             for process in started.values():
                 if process.poll() is None:
-                    process.terminate()
+                    process.terminate()  # it finishes its step, saves and ends
             for name, process in started.items():
                 process.wait()
                 logs[name].close()
-        for name, process in started.items():
-            if process.returncode:
-                tail = (folder / f"{name}.log").read_text().strip().splitlines()[-1:]
-                raise SateenError(f"training {name} failed ({folder / name}.log): {' '.join(tail)}")
+        if failed:
+            name = failed[0]
+            tail = (folder / f"{name}.log").read_text().strip().splitlines()[-1:]
+            raise SateenError(f"training {name} failed ({folder / name}.log): {' '.join(tail)}")
 
 
 def _watch(folder: Path, totals: dict[str, int], started: dict[str, subprocess.Popen[bytes]]) -> None:

@@ -79,6 +79,14 @@ def _sampling(parser: argparse.ArgumentParser, *, max_tokens: int, temperature: 
         "--draft", choices=("auto", "mtp", "none"), default="auto",
         help="who proposes tokens for the model to check (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--attention", choices=("auto", "int8"), default="auto",
+        help="floating point, or integer products over cached rows (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp32", "bf16", "fp16", "int8"), default="auto",
+        help="of cached keys and values; auto is the model's (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +127,58 @@ def _ops(parser: argparse.ArgumentParser) -> None:
 def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="a script in benchmarks/ of the checkout")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="passed on to the script")
+
+
+def _sandbox(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="run|check", required=True)
+    run = actions.add_parser("run", help="run a Python program and print how it ended as JSON")
+    run.add_argument("program", metavar="PROGRAM.py", help="the program; the sandbox sees a copy")
+    run.add_argument("--stdin", metavar="FILE", help="what the program reads (default: nothing)")
+    run.add_argument(
+        "--seconds", type=_positive, default=10.0, metavar="S", help="on the clock and of CPU time (10)"
+    )
+    run.add_argument(
+        "--memory-mb", type=_count, default=512, metavar="M", help="all its processes together (512)"
+    )
+    check = actions.add_parser("check", help="list each limit and how it is enforced on this machine")
+    _json(check)
+
+
+def _experts(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="trace|forecast|place|simulate", required=True)
+    ones = {
+        "trace": "size, load and state of each layer",
+        "forecast": "shares to come, with interval, state and past errors",
+        "place": "a placement in EPLB's maps, and whether moving pays",
+        "simulate": "what placement policies would have earned",
+    }
+    for name, line in ones.items():
+        one = actions.add_parser(name, help=line, allow_abbrev=False)
+        one.add_argument("trace", metavar="TRACE", help="an .npz file, such as RUN/traces/expert_load.npz")
+        one.add_argument("--run", metavar="NAME", help="which run of a file that holds several")
+        _json(one)
+        if name == "trace":
+            continue
+        steps = {"forecast": None, "place": 500, "simulate": 300}[name]
+        one.add_argument(
+            "--horizon", type=_count, default=steps, required=steps is None, metavar="H", help="steps ahead"
+        )
+        one.add_argument("--method", default="sw_flat", metavar="M", help="forecaster (default: %(default)s)")
+        one.add_argument("--window", type=_count, default=100, metavar="W", help="steps it looks back (100)")
+        if name == "forecast":
+            continue
+        one.add_argument("--ranks", type=_count, required=True, metavar="R", help="devices")
+        one.add_argument("--slots", type=_count, required=True, metavar="S", help="physical experts in all")
+        one.add_argument("--tokens-per-s", type=_positive, default=1e6, metavar="N", help="of one rank (1e6)")
+        one.add_argument("--expert-bytes", type=_positive, default=1e8, metavar="N", help="moved (1e8)")
+        one.add_argument("--bytes-per-s", type=_positive, default=5e10, metavar="N", help="of a link (5e10)")
+        if name == "place":
+            one.add_argument("--balance", choices=("ours", "eplb"), default="ours", help="packing (ours)")
+            one.add_argument("--groups", type=_count, default=1, metavar="N", help="of experts, for eplb (1)")
+            one.add_argument("--nodes", type=_count, default=1, metavar="N", help="for eplb (1)")
+        else:
+            one.add_argument("--start", type=_count, default=200, metavar="T", help="first step (200)")
+            one.add_argument("--threshold", type=_positive, default=0.9, metavar="B", help="floor (0.9)")
 
 
 def _json(parser: argparse.ArgumentParser, what: str = "the result") -> None:
@@ -188,6 +248,16 @@ VERBS: dict[str, Verb] = {
     ),
     "ops": Verb(
         "sateen.ops.table:main", "kernels, their backends and which can run here", _ops, ("ops", "ops --json")
+    ),
+    "sandbox": Verb(
+        "sateen.rewards.faces:main", "run an untrusted program, or show how it is contained", _sandbox,
+        ("sandbox check", "sandbox check --json", "sandbox run program.py --stdin input.txt --seconds 2"),
+    ),
+    "experts": Verb(
+        "sateen.placement.faces:main", "expert loads: forecast them, place experts by them", _experts,
+        ("experts trace runs/demo/hybrid/traces/expert_load.npz",
+         "experts forecast runs/demo/hybrid/traces/expert_load.npz --horizon 100 --json",
+         "experts place runs/demo/hybrid/traces/expert_load.npz --ranks 4 --slots 8 --json"),
     ),
     "bench": Verb(
         "sateen.cli:bench", "run a benchmark of the checkout", _bench,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from sateen.config import (
     AdamWConfig,
@@ -16,7 +17,10 @@ from sateen.config import (
     load_recipe,
     resolved_toml,
 )
+from sateen.config.stages import STAGES
 from sateen.errors import ConfigError
+
+STAGE_NAMES = ", ".join(sorted(STAGES))
 
 RECIPE = """
 name = "small"
@@ -229,14 +233,14 @@ def test_an_unknown_key_names_its_file_and_the_nearest_key(recipe: Path, tmp_pat
         (
             "stages.0.stage=pre-train",
             "stages.0.stage = 'pre-train': unknown stage 'pre-train'; did you mean pretrain? "
-            "(known: mtp, pretrain, sft)",
+            f"(known: {STAGE_NAMES})",
         ),
         (
             "data.docs.kind=python_doc",
             "data.docs.kind = 'python_doc': unknown data kind 'python_doc'; did you mean python_docs? "
             "(known: chat_task, python_docs, task, text_dir)",
         ),
-        ("stages.0.stage=", "stages.0.stage is missing; choose one of mtp, pretrain, sft"),
+        ("stages.0.stage=", f"stages.0.stage is missing; choose one of {STAGE_NAMES}"),
         (
             "stages.1.sources.doc=1",
             "stages.1.sources.doc names no source: unknown data source 'doc'; did you mean docs? "
@@ -365,3 +369,18 @@ def test_source_weights_are_the_stages_or_the_sources_own(recipe: Path) -> None:
     config = load(recipe, "stages.sft.sources={docs = 3}")
     assert config.source_weights(config.stages[0]) == {"docs": 1.0, "held back": 0.5}
     assert config.source_weights(config.stages[1]) == {"docs": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("balance_weight", 0.1),
+        ("router_bias_update_rate", 0.001),
+        ("detach_trunk", False),
+        ("detach_head", False),
+        ("mtp_weight", 0.0),
+    ],
+)
+def test_the_mtp_stage_refuses_what_would_do_nothing_or_move_its_trunk(name: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=f"(?s)losses.{name}.*in the mtp stage"):
+        MTPConfig(tokens=1, losses={name: value})  # type: ignore[arg-type]

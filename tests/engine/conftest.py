@@ -128,3 +128,13 @@ def flash() -> Decoder:
 @pytest.fixture(scope="session")
 def mimo() -> Decoder:
     return _random_model(MIMO)
+
+
+@pytest.fixture(scope="session")
+def hysparse() -> Decoder:
+    return _random_model("hysparse-tiny", hidden_size=64, intermediate_size=96, sparse_topk_tokens=32)
+
+
+@pytest.fixture(scope="session")
+def hysparse2() -> Decoder:
+    return _random_model("hysparse2-tiny")

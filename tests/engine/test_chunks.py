@@ -57,7 +57,7 @@ def chunkings(length):
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 129])
-@pytest.mark.parametrize("name", ["flash", "mimo"])
+@pytest.mark.parametrize("name", ["flash", "mimo", "hysparse", "hysparse2"])
 @torch.inference_mode()
 def test_any_chunking_equals_one_forward(name, length, request, make_prompts):
     model = request.getfixturevalue(name)
@@ -70,7 +70,7 @@ def test_any_chunking_equals_one_forward(name, length, request, make_prompts):
         assert logits.abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["flash", "mimo"])
+@pytest.mark.parametrize("name", ["flash", "mimo", "hysparse", "hysparse2"])
 @torch.inference_mode()
 def test_rejected_rows_leave_no_trace(name, request, make_prompts):
     model = request.getfixturevalue(name)

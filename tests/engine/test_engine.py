@@ -353,21 +353,11 @@ def test_a_model_without_tokenizer_refuses_text(flash):
     ("settings", "error", "message"),
     [
         ({"draft": "eagle"}, ConfigError, "unknown draft 'eagle'"),
-        (
-            {"attention": "int8"},
-            BackendUnavailable,
-            "attention 'int8' is not built yet; available: auto",
-        ),
         ({"attention": "flash"}, ConfigError, "unknown attention 'flash'"),
         (
             {"weights": "int4"},
             BackendUnavailable,
             "weights 'int4' is not built yet; available: auto",
-        ),
-        (
-            {"kv_cache_dtype": "int8"},
-            BackendUnavailable,
-            "available: auto, fp32, bf16, fp16",
         ),
         ({"kv_cache_dtype": "fp8"}, ConfigError, "unknown kv_cache_dtype 'fp8'"),
         (

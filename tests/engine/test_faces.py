@@ -7,7 +7,9 @@ import itertools
 import json
 
 import pytest
+import torch
 
+from sateen.cli import main
 from sateen.data.tokenizer import Tokenizer
 from sateen.engine import faces
 from sateen.errors import ConfigError, RequestError
@@ -51,6 +53,21 @@ def test_generate_json(folder, capsys):
     }
     faces.generate(folder, "p", max_tokens=9, draft="none", json=True)
     assert json.loads(capsys.readouterr().out)["draft"]["acceptance_by_position"] == []
+
+
+def test_int8_flags_reach_the_engine(folder, capsys, monkeypatch):
+    made = []
+    original = faces.LLM
+
+    def spy(*args, **settings):
+        made.append(original(*args, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(faces, "LLM", spy)
+    words = ["generate", folder, "-p", "p", "--max-tokens", "6", "--attention", "int8"]
+    assert main([*words, "--kv-cache-dtype", "int8"]) == 0
+    assert capsys.readouterr().out == "qrstuv\n"
+    assert (made[0].cache.attention, made[0].cache.dtype) == ("int8", torch.int8)
 
 
 def test_chat_over_a_pipe(folder, capsys, monkeypatch):

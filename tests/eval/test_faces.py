@@ -42,3 +42,17 @@ def test_lines_are_for_people() -> None:
 def test_an_unknown_task_is_refused_before_the_model_loads(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown task 'sum'; did you mean sums\? \(known: recall, sums\)"):
         main(str(tmp_path / "no model here"), tasks=["sum"])
+
+
+def test_a_text_without_characters_is_refused(tmp_path: Path) -> None:
+    from sateen.models.base import ModelConfig
+    from sateen.models.decoder import Decoder
+    from sateen.models.registry import preset
+
+    tokenizer = Tokenizer.train(["some words to learn a tokenizer from"] * 4, 270)
+    model = Decoder(ModelConfig.from_hf(preset("mimo-v2-flash-tiny") | {"vocab_size": 300})).init_weights(0)
+    model.save(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"empty\.txt has no text to measure perplexity on"):
+        main(str(tmp_path / "model"), text=str(tmp_path / "empty.txt"))

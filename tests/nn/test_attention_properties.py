@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sateen.nn.attention import Attention, LayerLinks, Sequences
+from sateen.nn.attention import Attention, LayerCache, LayerLinks, Sequences
 from sateen.nn.spec import LayerSpec
 
 D, EPS = 16, 1e-6
@@ -23,6 +23,16 @@ BASE = LayerSpec(
 )  # fmt: skip
 FULL = replace(BASE, attention="full_attention")
 SLIDING = replace(BASE, attention="sliding_attention", window=5)
+ORACLE = replace(BASE, attention="oracle_attention", options={"num_blocks": 2, "block_size": 3})
+SPARSE = replace(BASE, attention="sparse_attention", kv_source=0, window=5, options={"block_size": 3})
+GATED = replace(SLIDING, attention="gated_sliding_attention")
+# Single tokens and a forced window, no rotation, keys and values projected from the first full layer's input.
+SOURCE = replace(BASE, attention="oracle_attention", options={"publishes_input": True})
+BRIDGED = replace(
+    BASE, attention="oracle_attention", rotary_dim=0,
+    options={"num_blocks": 4, "block_size": 1, "forced_window": 3, "input_from": 0},
+)  # fmt: skip
+UNIFIED = replace(SPARSE, window=None, kv_source=2, rotary_dim=0, options={"block_size": 1})
 # Attention kind -> stacks to test, the kind itself last in each: the plain one, then the switches it has.
 STACKS: dict[str, list[tuple[LayerSpec, ...]]] = {
     "full_attention": [
@@ -36,6 +46,31 @@ STACKS: dict[str, list[tuple[LayerSpec, ...]]] = {
         (replace(SLIDING, has_sink=True, qkv_bias=True, qk_norm=True, window=7),),
         (replace(SLIDING, has_sink=True), FULL, replace(SLIDING, window=3)),
     ],
+    "oracle_attention": [
+        (ORACLE,),
+        (SOURCE, GATED, BRIDGED),
+    ],
+    "sparse_attention": [
+        (ORACLE, SPARSE),
+        (ORACLE, SPARSE, replace(SPARSE, window=7, options={"block_size": 3, "gate_granularity": "element"})),
+        (
+            replace(ORACLE, v_head_dim=4, num_key_value_heads=1, qk_norm=True),
+            replace(
+                SPARSE,
+                v_head_dim=4,
+                num_key_value_heads=1,
+                window=4,
+                qkv_bias=True,
+                options={"block_size": 3, "swa_rope_theta": 9.0, "swa_rotary_dim": 6, "sink_swa": False},
+            ),
+        ),
+        (ORACLE, replace(SPARSE, window=None, options={"block_size": 3, "sink_sa": False})),
+        (SOURCE, GATED, BRIDGED, UNIFIED, UNIFIED),
+    ],
+    "gated_sliding_attention": [
+        (GATED,),
+        (replace(GATED, has_sink=True, options={"gate_granularity": "element"}),),
+    ],
 }
 CASES = [
     pytest.param(stack, id=f"{kind}-{i}")
@@ -46,7 +81,7 @@ WINDOWED = [case for case in CASES if len(case.values[0]) == 1 and case.values[0
 WHOLE = [case for case in CASES if len(case.values[0]) == 1 and case.values[0][0].window is None]
 
 
-class NaiveCache:
+class NaiveCache(LayerCache):
     """Keeps what one layer stores; a ring hands out no more rows than a ring of its size would still have."""
 
     def __init__(self, spec, num_sequences, stack):
@@ -164,7 +199,9 @@ def test_a_key_leaves_the_window_exactly_when_it_should(stack):
     assert changed == list(range(4, 20 if window is None else 4 + window))
 
 
-@pytest.mark.parametrize("stack", WINDOWED)
+@pytest.mark.parametrize(
+    "stack", [case for case in WINDOWED if case.values[0][0].attention == SLIDING.attention]
+)
 def test_a_window_as_long_as_the_sequence_equals_full_attention(stack):
     T, spec = 11, stack[0]
     full = Stack((replace(spec, attention="full_attention", window=None),))

@@ -87,15 +87,15 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 class Interrupt(Silent):
-    """Presses Ctrl-C after a number of updates."""
+    """Presses Ctrl-C, or sends another signal, after a number of updates."""
 
-    def __init__(self, after: int):
-        self.left = after
+    def __init__(self, after: int, number: int = signal.SIGINT):
+        self.left, self.number = after, number
 
     def update(self, done: int, **values: float) -> None:
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +121,22 @@ def test_metrics_lines(unbroken):
     assert 0 < last["heldout_bits_per_byte"] < 8
 
 
-def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(unbroken, texts, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_the_resumed_run_equals_the_unbroken_one(number, unbroken, texts, tmp_path):
     config = recipe(texts, pretrain_stage(12))
-    before = signal.getsignal(signal.SIGINT)  # a background shell starts its processes with SIGINT ignored
+    before = signal.getsignal(number)  # a background shell starts its processes with SIGINT ignored
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "run", progress=Interrupt(after=5))
+        run(config, tmp_path / "run", progress=Interrupt(5, number))
     assert latest_checkpoint(tmp_path / "run").step == 5
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     run(config, tmp_path / "run")
+    assert_same_run(unbroken, tmp_path / "run")
+
+
+def test_ctrl_c_in_the_last_step_keeps_the_next_stage_from_beginning(unbroken, texts, tmp_path):
+    config = recipe(texts, pretrain_stage(12))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", progress=Interrupt(12))
     assert_same_run(unbroken, tmp_path / "run")
 
 

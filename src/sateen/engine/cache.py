@@ -20,6 +20,7 @@ from sateen.engine.forward_cache import ForwardCache
 from sateen.nn.spec import KVLayout
 
 PAGE = 64  # tokens per page
+MEAN_ROWS = 256  # most rows that the mean of int8 keys is taken over
 
 Rows = NDArray[np.int64]
 
@@ -34,6 +35,8 @@ class CacheEntry:
         length: rows in the trunk's layers.
         head_length: rows in the layers of the MTP heads.
         rows: the paged row of each position that the pages cover.
+        mean_rows: rows, from the first, whose mean int8 layers take off the keys; they freeze it with the
+            chunk that writes row 0.
     """
 
     slot: int
@@ -41,19 +44,33 @@ class CacheEntry:
     length: int = 0
     head_length: int = 0
     rows: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    mean_rows: int = MEAN_ROWS
+
+
+class Scales(NamedTuple):
+    """What turns int8 codes back into numbers, float32: a scale per row and head, a key mean per sequence.
+
+    `k_mean_LKH` has a row per slot.
+    """
+
+    k_scale_RK: Tensor
+    v_scale_RK: Tensor
+    k_mean_LKH: Tensor
 
 
 class Pool(NamedTuple):
-    """The memory of one layer's layout; `ring_rows` is 0 for pages."""
+    """The memory of one layer's layout; `ring_rows` is 0 for pages, `scales` is for int8 rows alone."""
 
     layout: KVLayout
     k_RKH: Tensor
     v_RKV: Tensor
     ring_rows: int
+    scales: Scales | None = None
 
     @property
     def num_bytes(self) -> int:
-        return self.k_RKH.nbytes + self.v_RKV.nbytes
+        codes = self.k_RKH.nbytes + self.v_RKV.nbytes
+        return codes + (sum(tensor.nbytes for tensor in self.scales) if self.scales else 0)
 
 
 class KVCache:
@@ -63,6 +80,8 @@ class KVCache:
         num_pages: pages of `PAGE` tokens in each paged layer.
         num_slots: sequences that fit at once.
         num_draft: rejected tokens a ring must survive, per sequence.
+        dtype: of the rows; int8 rows come with scales.
+        attention: `auto` reads rows as floats, `int8` computes with integers.
     """
 
     def __init__(
@@ -76,6 +95,7 @@ class KVCache:
         num_draft: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        attention: str = "auto",
     ):
         self.layouts = tuple(layouts)
         self.num_trunk_layers = num_trunk_layers
@@ -85,6 +105,7 @@ class KVCache:
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.device = torch.device(device)
+        self.attention = attention
         self.pools: dict[tuple[int, str], Pool] = {}
         self.sources: dict[tuple[int, str], int] = {}
         for index, group in enumerate(self.layouts):
@@ -107,9 +128,12 @@ class KVCache:
         rows = self.num_slots * ring if ring else self.num_pages * PAGE
         shape = rows, layout.num_kv_heads
         k = torch.zeros(*shape, layout.head_dim, dtype=self.dtype, device=self.device)
-        return Pool(
-            layout, k, torch.zeros(*shape, layout.v_head_dim, dtype=self.dtype, device=self.device), ring
-        )
+        v = torch.zeros(*shape, layout.v_head_dim, dtype=self.dtype, device=self.device)
+        if self.dtype != torch.int8:
+            return Pool(layout, k, v, ring)
+        k_scale, v_scale = (torch.zeros(*shape, device=self.device) for _ in range(2))
+        mean = torch.zeros(self.num_slots, layout.num_kv_heads, layout.head_dim, device=self.device)
+        return Pool(layout, k, v, ring, Scales(k_scale, v_scale, mean))
 
     @property
     def has_pages(self) -> bool:
@@ -128,9 +152,12 @@ class KVCache:
         """Pages that a sequence of `length` tokens takes."""
         return -(-length // PAGE) if self.has_pages else 0
 
-    def open(self) -> CacheEntry:
-        """A place for a new sequence; the caller made sure that a slot is free."""
-        return CacheEntry(heapq.heappop(self._free_slots))
+    def open(self, num_prompt: int = MEAN_ROWS) -> CacheEntry:
+        """A place for a new sequence; the caller made sure that a slot is free.
+
+        The mean of int8 keys is the prompt's: a sequence that is computed again, longer, then gets the same.
+        """
+        return CacheEntry(heapq.heappop(self._free_slots), mean_rows=min(num_prompt, MEAN_ROWS))
 
     def reserve(self, entry: CacheEntry, length: int) -> bool:
         """Takes the pages that `length` tokens need; False, and nothing changes, when too few are free."""
@@ -198,11 +225,20 @@ class KVCache:
         total = {"paged": 0, "ring": 0}
         for pool in self.pools.values():
             rows = pool.ring_rows or self.pages_for(context) * PAGE
-            total[pool.layout.kind] += rows * pool.layout.row_elements * self.dtype.itemsize
+            total[pool.layout.kind] += rows * row_bytes(pool.layout, self.dtype)
+            if pool.scales is not None:
+                total[pool.layout.kind] += pool.scales.k_mean_LKH[:1].nbytes
         return total
 
 
 def page_bytes(layouts: Sequence[tuple[KVLayout, ...]], dtype: torch.dtype) -> int:
     """Bytes of one page over all paged layers."""
-    elements = sum(layout.row_elements for group in layouts for layout in group if layout.kind == "paged")
-    return PAGE * elements * dtype.itemsize
+    return PAGE * sum(
+        row_bytes(layout, dtype) for group in layouts for layout in group if layout.kind == "paged"
+    )
+
+
+def row_bytes(layout: KVLayout, dtype: torch.dtype) -> int:
+    """Bytes of one row: its numbers, and for int8 two float32 scales per head."""
+    scales = 8 * layout.num_kv_heads if dtype == torch.int8 and layout.kind != "shared" else 0
+    return layout.row_elements * dtype.itemsize + scales

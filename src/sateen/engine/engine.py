@@ -95,9 +95,12 @@ class LLM:
             model: a decoder, or what `load_model` takes: a directory, a run folder or a preset.
             tokenizer: instead of the one in the model's directory.
             draft: `mtp` drafts with the model's heads, `none` does not, `auto` does where there are heads.
-            attention: only `auto` so far.
+            attention: `auto` computes over cached rows in floating point, `int8` with integer products; it
+                is for layers of full and sliding attention, and the first step refuses models with others.
+                `score` has no cache and always computes in floating point.
             weights: only `auto`, as stored, so far.
-            kv_cache_dtype: `auto` (the model's), `fp32`, `bf16` or `fp16`.
+            kv_cache_dtype: `auto` (the model's), `fp32`, `bf16`, `fp16`, or `int8` with a scale per token and
+                head.
             dtype: of the weights; as stored when None. Not for a decoder object.
             device: where to load; not for a decoder object.
             max_num_seqs: sequences in work at once.
@@ -112,7 +115,8 @@ class LLM:
             ConfigError: a value that is not accepted, or a tokenizer that does not fit the model.
             BackendUnavailable: a mode that is not built yet.
         """
-        _refuse("attention", attention, ("int8",))
+        if attention not in ("auto", "int8"):
+            raise ConfigError(unknown_name("attention", attention, ("auto", "int8")))
         _refuse("weights", weights, ("int8", "int4", "fairy2"))
         if draft not in ("auto", "mtp", "none"):
             raise ConfigError(unknown_name("draft", draft, ("auto", "mtp", "none")))
@@ -152,6 +156,7 @@ class LLM:
         self.cache = KVCache(
             layouts, num_trunk_layers=num_layers, num_pages=size.num_pages, num_slots=max_num_seqs,
             max_model_len=size.max_model_len, num_draft=self.num_draft, dtype=rows_dtype, device=model.device,
+            attention=attention,
         )  # fmt: skip
         num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
         self.runner = Runner(model, self.cache, num_tokens=num_tokens, drafts=self.num_draft > 0)

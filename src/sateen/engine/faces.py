@@ -22,6 +22,8 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     draft: str = "auto",
+    attention: str = "auto",
+    kv_cache_dtype: str = "auto",
     json: bool = False,
 ) -> None:
     """Prints the continuation of a text as it comes, or one JSON object with `json`.
@@ -30,7 +32,7 @@ def generate(
         ConfigError: the model has no tokenizer.
         RequestError: the prompt or a setting cannot be served.
     """
-    llm, _ = _load(model, draft)
+    llm, _ = _load(model, draft, attention, kv_cache_dtype)
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     if json:
         output = llm.generate(prompt, params)[0]
@@ -59,6 +61,8 @@ def chat(
     top_p: float = 1.0,
     seed: int | None = None,
     draft: str = "auto",
+    attention: str = "auto",
+    kv_cache_dtype: str = "auto",
 ) -> None:
     """Answers the lines of stdin, one turn each, in the tokenizer's own chat template.
 
@@ -66,7 +70,7 @@ def chat(
         ConfigError: the model has no tokenizer, or that has no chat template.
         RequestError: a setting cannot be served.
     """
-    llm, tokenizer = _load(model, draft)
+    llm, tokenizer = _load(model, draft, attention, kv_cache_dtype)
     _ = tokenizer.template  # a missing template is told before the first question
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     messages: list[dict[str, Any]] = []
@@ -113,8 +117,8 @@ def _answer(llm: LLM, tokenizer: Tokenizer, messages: list[dict[str, Any]], para
     return said
 
 
-def _load(model: str, draft: str) -> tuple[LLM, Tokenizer]:
-    llm = LLM(model, draft=draft, max_num_seqs=1)
+def _load(model: str, draft: str, attention: str, kv_cache_dtype: str) -> tuple[LLM, Tokenizer]:
+    llm = LLM(model, draft=draft, attention=attention, kv_cache_dtype=kv_cache_dtype, max_num_seqs=1)
     if llm.tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer.json to read text with; put one beside its config.json")
     return llm, llm.tokenizer

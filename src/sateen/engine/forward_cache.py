@@ -7,12 +7,15 @@ K key/value heads, H and V head sizes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from sateen import ops
+from sateen.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from sateen.engine.cache import CacheEntry, KVCache, Pool
@@ -51,13 +54,66 @@ class ForwardCache:
         return LayerView(self, index)
 
     def extend(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.cache.attention != "auto":
+            raise BackendUnavailable(
+                f"attention {self.cache.attention!r} cannot serve layer {index}, which reads its rows "
+                "as floats; use attention='auto'"
+            )
+        return self._floats(index, name, k_TKH, v_TKV)
+
+    def attend(
+        self, index: int, name: str, q_TNH: Tensor, k_TKH: Tensor, v_TKV: Tensor, **options: Any
+    ) -> Tensor:
+        """See `LayerCache.attend`; options are the operators' own."""
+        pool = self.cache.pools[index, name]
+        out: Any
+        if self.cache.attention == "int8" and pool.scales is not None and index not in self._wanted:
+            rows = self._rows(pool)
+            codes = self._codes(pool, rows, k_TKH, v_TKV)
+            out = ops.int8_rows_attention(q_TNH, codes, cu_seqlens_k=rows.cu_seqlens_k, **options)
+        else:
+            k, v, cu_seqlens_k = self._floats(index, name, k_TKH, v_TKV)
+            attention = ops.int8_attention if self.cache.attention == "int8" else ops.attention
+            out = attention(q_TNH, k, v, cu_seqlens_k=cu_seqlens_k, **options)
+        return cast(Tensor, out)
+
+    def _floats(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Appends the new rows and returns the visible ones in the dtype of the new ones."""
         pool = self.cache.pools[index, name]
         rows = self._rows(pool)
-        k = _extend(pool.k_RKH, k_TKH, rows)
-        v = _extend(pool.v_RKV, v_TKV, rows)
+        if pool.scales is not None:
+            k, v = self._codes(pool, rows, k_TKH, v_TKV).floats(rows.cu_seqlens_k, k_TKH.dtype)
+        else:
+            k, v = _extend(pool.k_RKH, k_TKH, rows), _extend(pool.v_RKV, v_TKV, rows)
         if index in self._wanted:
             self._published[index, name] = k, v, rows.cu_seqlens_k
         return k, v, rows.cu_seqlens_k
+
+    def _codes(self, pool: Pool, rows: RowIndex, k_TKH: Tensor, v_TKV: Tensor) -> ops.Int8Rows:
+        """Quantises and appends the new rows; returns the visible ones.
+
+        The chunk that writes a sequence's first row fixes the mean that its keys are stored without.
+        """
+        scales = pool.scales
+        assert scales is not None
+        end = 0
+        for entry, start, count in zip(self.entries, self.starts, self.counts, strict=True):
+            if start == 0:
+                taken = min(count, entry.mean_rows)
+                scales.k_mean_LKH[entry.slot] = k_TKH[end : end + taken].float().mean(0)
+            end += count
+        slots = self._tensor(np.asarray([entry.slot for entry in self.entries], dtype=np.int64))
+        mean_BKH = scales.k_mean_LKH.index_select(0, slots)
+        counts = self._tensor(np.asarray(self.counts, dtype=np.int64))
+        centred = k_TKH.float() - mean_BKH.repeat_interleave(counts, dim=0, output_size=end)
+        (k8, k_scale), (v8, v_scale) = ops.quantize_int8(centred), ops.quantize_int8(v_TKV)
+        return ops.Int8Rows(
+            _extend(pool.k_RKH, k8, rows),
+            _extend(scales.k_scale_RK, k_scale.squeeze(-1), rows),
+            _extend(pool.v_RKV, v8, rows),
+            _extend(scales.v_scale_RK, v_scale.squeeze(-1), rows),
+            mean_BKH,
+        )
 
     def read(self, index: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
         return self._published[self.cache.sources[index, name], name]
@@ -127,6 +183,21 @@ class LayerView:
 
     def read(self, name: str = "kv") -> tuple[Tensor, Tensor, Tensor]:
         return self._forward.read(self._index, name)
+
+    def attend(
+        self,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKV: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        window: int | None = None,
+        sink_N: Tensor | None = None,
+        name: str = "kv",
+    ) -> Tensor:
+        return self._forward.attend(
+            self._index, name, q_TNH, k_TKH, v_TKV, cu_seqlens_q=cu_seqlens_q, window=window, sink_N=sink_N
+        )
 
 
 def _extend(pool: Tensor, new: Tensor, rows: RowIndex) -> Tensor:

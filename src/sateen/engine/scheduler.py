@@ -115,7 +115,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.running.append(request)
-            request.entry = self.cache.open()
+            request.entry = self.cache.open(request.num_prompt)
             # All of its pages at once: a prompt that has begun is not interrupted by younger ones.
             self.cache.reserve(request.entry, len(request.tokens) + len(self._drafts(request)))
             chunks.append(self._chunk(request, request.entry, count, drafts))

@@ -10,12 +10,17 @@ import torch
 
 from sateen.checkpoint.hf import free_bytes
 from sateen.engine.cache import PAGE, page_bytes
-from sateen.errors import BackendUnavailable, ConfigError, unknown_name
+from sateen.errors import ConfigError, unknown_name
 from sateen.nn.spec import KVLayout
 
 log = logging.getLogger("sateen.engine")
 
-KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KV_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 SHARE = 4  # pages chosen by `auto` take at most this fraction, 1/SHARE, of the free memory
 
 
@@ -23,13 +28,8 @@ def kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
     """The dtype of cached rows; `auto` is the model's.
 
     Raises:
-        BackendUnavailable: int8, which has no cache yet.
         ConfigError: an unknown name.
     """
-    if name == "int8":
-        raise BackendUnavailable(
-            f"kv_cache_dtype 'int8' is not built yet; available: auto, {', '.join(KV_DTYPES)}"
-        )
     if name == "auto":
         return model_dtype
     if name not in KV_DTYPES:
@@ -55,7 +55,7 @@ def cache_size(
     kv_memory_bytes: int | None,
     num_pages: int | None,
 ) -> CacheSize:
-    """The size of the paged pools; `kv_memory_bytes` bounds them, and rings come on top.
+    """The size of the paged pools; `kv_memory_bytes` bounds them, rings and key means come on top.
 
     Raises:
         ConfigError: `max_model_len` is beyond the model's context, or does not fit the pages.

@@ -51,6 +51,8 @@ def main(
     quality: dict[str, Any] = {}
     if PERPLEXITY in tasks:
         documents = list(text_dir(text)) if text else split_heldout(python_docs())[1]
+        if not any(document.text for document in documents):
+            raise ConfigError(f"{text or 'the Python documentation'} has no text to measure perplexity on")
         _talk(f"perplexity on {text or 'held-out Python documentation'}: {len(documents)} documents")
         context = llm.model.config.max_position_embeddings
         found = perplexity(llm.model, llm.tokenizer, documents, context=context)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sateen.models import hysparse_presets
+
 MIMO_7B: dict[str, Any] = {
     "architectures": ["MiMoForCausalLM"],
     "model_type": "mimo",
@@ -142,4 +144,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mimo-7b-tiny": MIMO_7B_TINY,
     "mimo-v2-flash": MIMO_V2_FLASH,
     "mimo-v2-flash-tiny": MIMO_V2_FLASH_TINY,
+    **hysparse_presets.PRESETS,
 }

@@ -8,6 +8,7 @@ from sateen.errors import ConfigError, unknown_name
 from sateen.models.presets import PRESETS
 
 FAMILIES = {
+    "hysparse": "sateen.models.hysparse",
     "llama": "sateen.models.llama",
     "mistral": "sateen.models.llama",
     "qwen2": "sateen.models.llama",

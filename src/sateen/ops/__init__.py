@@ -1,6 +1,18 @@
 """Kernels: one public function per operator, a plain reference and faster backends behind `backend=`."""
 
 from sateen.ops.attention import attention, select_blocks
+from sateen.ops.block_sparse_attention import block_sparse_attention
 from sateen.ops.grouped_matmul import grouped_matmul
+from sateen.ops.int8_attention import Int8Rows, int8_attention, int8_rows_attention, int8_sdpa, quantize_int8
 
-__all__ = ["attention", "grouped_matmul", "select_blocks"]
+__all__ = [
+    "Int8Rows",
+    "attention",
+    "block_sparse_attention",
+    "grouped_matmul",
+    "int8_attention",
+    "int8_rows_attention",
+    "int8_sdpa",
+    "quantize_int8",
+    "select_blocks",
+]

@@ -27,10 +27,24 @@ def _grouped_matmul(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return (x_TD, w_EDF, torch.tensor([1, 2], device=device)), {}
 
 
+def _block_sparse_attention(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    (q, k, v), options = _attention(device)
+    idx_KTn = torch.zeros(1, 4, 1, dtype=torch.int32, device=device)
+    kept = {name: options[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "scale", "sink_N", "return_lse")}
+    return (q, k, v, idx_KTn), kept | {"block_size": 2}
+
+
+def _int8_attention(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    (q, k, v), options = _attention(device)
+    return (q, k, v), {key: options[key] for key in ("cu_seqlens_q", "cu_seqlens_k", "scale", "window")}
+
+
 # A small ordinary call of each operator: what its backends are asked whether they can run.
 CALLS: dict[str, Callable[[str], tuple[tuple[Tensor, ...], dict[str, Any]]]] = {
     "attention": _attention,
+    "block_sparse_attention": _block_sparse_attention,
     "grouped_matmul": _grouped_matmul,
+    "int8_attention": _int8_attention,
 }
 
 

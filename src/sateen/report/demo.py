@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sateen.report import plots
 from sateen.report.evaluation import MODELS, Table, at_chance, dig
+from sateen.report.experts import expert_forecast
 from sateen.report.folder import RunFolder
 from sateen.report.overview import headline, layers, what_ran
 from sateen.report.page import figure, finite, missing, section, share, shown, table, text
@@ -34,7 +35,7 @@ def demo_sections(folder: Path, evaluation: Table) -> Iterator[str]:
     yield section("Tasks", tasks(models))
     yield section("Key/value cache", cache(models))
     yield section("Drafts", acceptance(models["hybrid"]), speed(models))
-    yield section("Expert load", load_figure(runs["hybrid"].expert_load))
+    yield section("Expert load", load_figure(runs["hybrid"].expert_load), expert_forecast(folder / "hybrid"))
     yield section("Samples", samples(models))
     yield section("What got worse", worse(evaluation))
     yield section("Measure it again", commands(evaluation))

@@ -2,5 +2,16 @@
 
 from sateen.nn.attention.base import Attention, LayerCache, LayerLinks, Sequences
 from sateen.nn.attention.full import FullAttention, SlidingAttention
+from sateen.nn.attention.hysparse import GatedSlidingAttention, OracleAttention, SparseAttention
 
-__all__ = ["Attention", "FullAttention", "LayerCache", "LayerLinks", "Sequences", "SlidingAttention"]
+__all__ = [
+    "Attention",
+    "FullAttention",
+    "GatedSlidingAttention",
+    "LayerCache",
+    "LayerLinks",
+    "OracleAttention",
+    "Sequences",
+    "SlidingAttention",
+    "SparseAttention",
+]

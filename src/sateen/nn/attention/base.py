@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from sateen import ops
 from sateen.nn.rotary import rotary_tables
 from sateen.nn.spec import KVLayout, LayerSpec
 
@@ -63,6 +64,26 @@ class LayerCache(Protocol):
         """The visible keys and values that another layer already appended (`shared` layouts)."""
         ...
 
+    def attend(
+        self,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKV: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        window: int | None = None,
+        sink_N: Tensor | None = None,
+        name: str = "kv",
+    ) -> Tensor:
+        """Appends the new rows; returns the attention [T,N,V] of the queries over all visible ones.
+
+        Only the cache knows in which form it keeps rows, so it picks the operator that reads them.
+        """
+        k, v, cu_seqlens_k = self.extend(k_TKH, v_TKV, name)
+        return ops.attention(  # type: ignore[return-value]
+            q_TNH, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, window=window, sink_N=sink_N
+        )
+
 
 @dataclass
 class LayerLinks:
@@ -71,6 +92,7 @@ class LayerLinks:
     Attributes:
         kv: layer index -> (k_SKH, v_SKV, cu_seqlens_k) published for layers that share them.
         selections: layer index -> int32 [K, T, n] key blocks chosen by an oracle layer.
+        hidden: layer index -> [T, D] normalised input published for layers that project keys from it.
         router_ids: layer index -> [T, A] experts chosen in this forward.
         forced_router_ids: layer index -> [T, A] experts to use instead of choosing; -1 rows choose freely.
         expert_counts: layer index -> int64 [E] tokens each expert received.
@@ -80,6 +102,7 @@ class LayerLinks:
 
     kv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     selections: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
     router_ids: dict[int, Tensor] = field(default_factory=dict)
     forced_router_ids: dict[int, Tensor] = field(default_factory=dict)
     expert_counts: dict[int, Tensor] = field(default_factory=dict)

@@ -34,12 +34,15 @@ class FullAttention(Attention, kind="full_attention"):
     def kv_layouts(spec: LayerSpec) -> tuple[KVLayout, ...]:
         return (KVLayout("paged", spec.num_key_value_heads, spec.head_dim, spec.v_head_dim),)
 
-    def project(self, x_TD: Tensor, seq: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, scaled values."""
+    def project(
+        self, x_TD: Tensor, seq: Sequences, kv_input_TD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, scaled values; the latter two of `kv_input_TD` where it is given."""
         spec, T = self.spec, x_TD.shape[0]
+        y_TD = x_TD if kv_input_TD is None else kv_input_TD
         q = self.q_proj(x_TD).view(T, spec.num_attention_heads, spec.head_dim)
-        k = self.k_proj(x_TD).view(T, spec.num_key_value_heads, spec.head_dim)
-        v = self.v_proj(x_TD).view(T, spec.num_key_value_heads, spec.v_head_dim)
+        k = self.k_proj(y_TD).view(T, spec.num_key_value_heads, spec.head_dim)
+        v = self.v_proj(y_TD).view(T, spec.num_key_value_heads, spec.v_head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         tables = seq.rotary(spec.rope_theta, spec.rotary_dim)
@@ -49,17 +52,9 @@ class FullAttention(Attention, kind="full_attention"):
 
     def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         q, k, v = self.project(x_TD, seq)
-        cu_seqlens_k = seq.cu_seqlens
-        if cache is not None:
-            k, v, cu_seqlens_k = cache.extend(k, v)
-        out: Tensor = ops.attention(  # type: ignore[assignment]
-            q,
-            k,
-            v,
-            cu_seqlens_q=seq.cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k,
-            window=self.spec.window,
-            sink_N=self.attention_sink_bias,
+        attend = ops.attention if cache is None else cache.attend
+        out: Tensor = attend(  # type: ignore[assignment]
+            q, k, v, cu_seqlens_q=seq.cu_seqlens, window=self.spec.window, sink_N=self.attention_sink_bias
         )
         result: Tensor = self.o_proj(out.flatten(1))
         return result

@@ -1,0 +1,237 @@
+"""Softmax attention with int8 queries, keys and values: integer products, an online softmax in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sateen.errors import ShapeError, unknown_name
+from sateen.ops.int8_attention.quantize import Int8Rows, integer_matmul, quantize_int8
+from sateen.ops.int8_attention.reference import OP, P_LEVELS, rows_reference
+
+__all__ = [
+    "OP",
+    "Int8Rows",
+    "int8_attention",
+    "int8_rows_attention",
+    "int8_sdpa",
+    "integer_matmul",
+    "quantize_int8",
+]
+
+MAX_BLOCK = 65536  # keys whose products with P, at most 255 * 127 each, still add up within int32
+
+
+@torch.no_grad()
+def int8_attention(
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKV: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    sink_N: Tensor | None = None,
+    smooth_k: bool = True,
+    pv: str = "int8",
+    p_bits: str = "u8",
+    v_granularity: str = "channel",
+    row_sum: str = "float",
+    block_size: int = 64,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention with int8 queries, keys and values over packed sequences.
+
+    Args:
+        q_TNH: float queries, packed over sequences; T tokens, N heads, H channels. One scale per token.
+        k_SKH: float keys; K divides N (grouped-query attention). One scale per token.
+        v_SKV: float values; V may differ from H.
+        cu_seqlens_q: int32 [B + 1], offsets of the sequences' queries; first 0, last T.
+        cu_seqlens_k: the same for keys, last S; equal to `cu_seqlens_q` when None. A sequence with more keys
+            than queries is right-aligned: its last query sees its last key.
+        causal: a query sees no later key; otherwise it sees all keys of its sequence.
+        scale: multiplier of the scores; 1/sqrt(H) when None.
+        window: keys each query sees, its own included; needs `causal`.
+        sink_N: a logit per query head that joins the softmax without a value and without `scale`.
+        smooth_k: quantise keys less their mean over the sequence; the softmax does not change.
+        pv: `int8`, or `float` for the paper's half-INT8 form, whose values and P stay in floating point.
+        p_bits: codes of P: `u8` 0..255, or the paper's `s8` 0..127.
+        v_granularity: one scale of the values per sequence and head (`head`) or also per `channel`.
+        row_sum: what the softmax divides by: the sum of P as floats (`float`) or of its codes (`int8`).
+        block_size: keys per block; P is rounded against the running maximum of the blocks so far.
+        return_lse: also return the log-sum-exp of the scaled scores, float32 [N, T], the sink not included.
+        backend: `auto`, or one of `OP.backends`.
+
+    Returns:
+        The output [T, N, V] in q's dtype, with the log-sum-exp where asked for; not differentiable. A query
+        that sees no key gives zeros and a log-sum-exp of -inf.
+
+    Raises:
+        ShapeError: shapes, offsets or settings that do not fit together.
+        BackendUnavailable: the named backend cannot run this call.
+
+    Numerics: relative L2 error at 1,024 tokens and H = 64 against float attention is 1.6 % on N(0, 1) and
+    0.4 % on U(-0.5, 0.5) (tests/ops/test_int8_attention.py). Values of one sequence share their scales, so a
+    token's output depends on later tokens within that error, `causal` or not.
+    Source: Chen et al. 2024, "INT-FlashAttention" (arXiv 2409.16997), algorithm 1. Ours: `smooth_k` (as
+    SageAttention, arXiv 2410.02367), `u8`, `channel` and the float row sum; the paper's form is
+    `smooth_k=False, p_bits="s8", v_granularity="head", row_sum="int8"`.
+    """
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    _check_shapes(q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, window, sink_N, block_size)
+    for name, value, known in (
+        ("pv", pv, ("int8", "float")),
+        ("p_bits", p_bits, tuple(P_LEVELS)),
+        ("v_granularity", v_granularity, ("channel", "head")),
+        ("row_sum", row_sum, ("float", "int8")),
+    ):
+        if value not in known:
+            raise ShapeError(unknown_name(f"int8_attention {name}", value, known))
+    if window is not None and not causal:
+        raise ShapeError(f"int8_attention window {window} needs causal=True")
+    if pv == "float" and row_sum == "int8":
+        raise ShapeError("int8_attention row_sum 'int8' needs pv='int8': with pv='float' P has no codes")
+    with torch.autocast(q_TNH.device.type, enabled=False):
+        out: Tensor | tuple[Tensor, ...] = OP(
+            q_TNH,
+            k_SKH,
+            v_SKV,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            causal=causal,
+            scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
+            window=window,
+            sink_N=sink_N,
+            smooth_k=smooth_k,
+            pv=pv,
+            p_bits=p_bits,
+            v_granularity=v_granularity,
+            row_sum=row_sum,
+            block_size=block_size,
+            return_lse=return_lse,
+            backend=backend,
+        )
+    return out
+
+
+def int8_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    **options: object,
+) -> Tensor | tuple[Tensor, ...]:
+    """`int8_attention` in the layout of torch's `scaled_dot_product_attention`.
+
+    Args:
+        q: [B, N, T, H].
+        k: [B, K, S, H]; K divides N.
+        v: [B, K, S, V].
+        causal: right-aligned where S differs from T: the last query sees the last key, unlike torch's
+            `is_causal`.
+        scale: multiplier of the scores; 1/sqrt(H) when None.
+        return_lse: also return the log-sum-exp, float32 [B, N, T].
+        options: the other arguments of `int8_attention`.
+
+    Returns:
+        [B, N, T, V] in q's dtype, with the log-sum-exp where asked for.
+
+    Raises:
+        ShapeError: as `int8_attention`.
+    """
+    if not (q.ndim == k.ndim == v.ndim == 4) or not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ShapeError(
+            f"int8_sdpa takes q [B,N,T,H], k [B,K,S,H], v [B,K,S,V]; got {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    B, N, T, _ = q.shape
+    count = torch.arange(B + 1, dtype=torch.int32, device=q.device)
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    result = int8_attention(
+        *packed, cu_seqlens_q=count * T, cu_seqlens_k=count * k.shape[2], causal=causal, scale=scale,
+        return_lse=return_lse, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    out = result[0] if isinstance(result, tuple) else result
+    out = out.view(B, T, N, v.shape[-1]).transpose(1, 2)
+    return (out, result[1].view(N, B, T).transpose(0, 1)) if isinstance(result, tuple) else out
+
+
+@torch.no_grad()
+def int8_rows_attention(
+    q_TNH: Tensor,
+    rows: Int8Rows,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    sink_N: Tensor | None = None,
+    block_size: int = 64,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Causal attention over keys and values that a cache holds as int8 rows.
+
+    As `int8_attention`, except that values have one scale per token, so that a row never changes once it is
+    written: the scale joins P, which is then quantised to u8 per query and key block.
+
+    Args:
+        q_TNH: float queries; quantised here, one scale per token.
+        rows: what the cache holds; S rows over B sequences.
+        cu_seqlens_q, cu_seqlens_k, scale, window, sink_N, block_size, return_lse: as in `int8_attention`.
+
+    Returns:
+        As `int8_attention`.
+
+    Raises:
+        ShapeError: as `int8_attention`.
+    """
+    _check_shapes(q_TNH, rows.k_SKH, rows.v_SKV, cu_seqlens_q, cu_seqlens_k, window, sink_N, block_size)
+    with torch.autocast(q_TNH.device.type, enabled=False):
+        return rows_reference(
+            q_TNH,
+            rows,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
+            window=window,
+            sink_N=sink_N,
+            block_size=block_size,
+            return_lse=return_lse,
+        )
+
+
+def _check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    window: int | None,
+    sink: Tensor | None,
+    block_size: int,
+) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 3) or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        raise ShapeError(f"int8_attention takes q [T,N,H], k [S,K,H], v [S,K,V]; got {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ShapeError(f"int8_attention needs query heads that are a multiple of key heads; got {shapes}")
+    if window is not None and window < 1:
+        raise ShapeError(f"int8_attention window counts the query's own key: at least 1; got {window}")
+    if not 1 <= block_size <= MAX_BLOCK:
+        raise ShapeError(f"int8_attention block_size is 1 to {MAX_BLOCK}; got {block_size}")
+    if sink is not None and sink.shape != (q.shape[1],):
+        raise ShapeError(f"int8_attention takes one sink per query head; got {tuple(sink.shape)}, {shapes}")
+    if cu_q.device.type == "cpu":
+        ends = (int(cu_q[-1]), int(cu_k[-1]))
+        if ends != (q.shape[0], k.shape[0]) or cu_q.shape != cu_k.shape:
+            raise ShapeError(
+                f"int8_attention offsets end at {ends} for {cu_q.numel() - 1} and {cu_k.numel() - 1} "
+                f"sequences; got {shapes}"
+            )
