@@ -1,5 +1,6 @@
 """Run folders: what is written, resumed, refused and locked. Stages are real functions of this file."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from sateen.config import (
     load_recipe,
 )
 from sateen.errors import CheckpointError, ConfigError, SateenError
-from sateen.run import RunBusy, first_difference, is_finished, lock, main, run_recipe
+from sateen.receipt import Receipt
+from sateen.run import RunBusy, first_difference, is_finished, lock, main, run_receipt, run_recipe
 
 RECIPE = """
 name = "small"
@@ -256,3 +258,21 @@ def test_first_difference() -> None:
     )
     assert first_difference({"a": 1}, {"a": 1, "z": 2}) == ("z", None, 2)
     assert first_difference({"a": [1]}, {"a": [1, 2]}) == ("a", [1], [1, 2])
+
+
+def test_every_run_leaves_a_receipt_of_what_training_measured(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("name = 'x'\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"12345")
+    rows = [
+        {"stage": "pretrain", "tokens_per_s": s, "heldout_bits_per_byte": s / 100} for s in (100, 300, 200)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_receipt(config, tmp_path).write(tmp_path)
+    receipt = Receipt.read(tmp_path)
+    assert receipt.quality == {"bits_per_byte": 2.0}
+    assert receipt.bytes == {"weights": 5}
+    speed = {"what": "training, pretrain", "unit": "tokens/s", "median": 200, "p25": 150, "p75": 250, "n": 3}
+    assert receipt.speed == [speed]
+    assert receipt.seeds == {"run": config.seed}
+    assert receipt.source["sha256"] == hashlib.sha256(b"name = 'x'\n").hexdigest()

@@ -8,7 +8,9 @@ keeps two processes out of one folder.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,7 @@ from sateen.config import (
 from sateen.config.toml import as_table
 from sateen.errors import CheckpointError, ConfigError, SateenError
 from sateen.progress import TerminalProgress
-from sateen.receipt import write_atomically
+from sateen.receipt import Receipt, hardware, versions, write_atomically
 
 SETTINGS = "run.toml"
 PROGRESS = "progress.json"
@@ -98,6 +100,39 @@ def run_recipe(config: RunConfig, folder: Path, progress: Progress) -> None:
             seconds = round(time.monotonic() - start, 1)
             done.append({"index": index, "stage": stage.stage, "wall_s": seconds})
             write_atomically(folder / PROGRESS, json.dumps({"schema": 1, "done": done}, indent=2) + "\n")
+        run_receipt(config, folder).write(folder)
+
+
+def run_receipt(config: RunConfig, folder: Path) -> Receipt:
+    """What training itself measured: held-out bits per byte, stored bytes, tokens per second of each stage.
+
+    `sateen demo` measures more and writes its own.
+    """
+    file = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    heldout = [line["heldout_bits_per_byte"] for line in lines if "heldout_bits_per_byte" in line]
+    speeds: dict[str, list[float]] = {}
+    for line in lines:
+        speeds.setdefault(f"training, {line['stage']}", []).append(line["tokens_per_s"])
+    tensors = (folder / "model").glob("*.safetensors")
+    return Receipt(
+        source={"kind": "recipe", "path": str(folder / SETTINGS), "sha256": _sha256(folder / SETTINGS)},
+        seeds={"run": config.seed},
+        hardware=hardware(),
+        versions=versions(),
+        quality={"bits_per_byte": heldout[-1]} if heldout else {},
+        bytes={"weights": sum(tensor.stat().st_size for tensor in tensors)},
+        speed=[
+            {"what": what, "unit": "tokens/s", "n": len(x), "median": q[1], "p25": q[0], "p75": q[2]}
+            for what, x in speeds.items()
+            if len(x) > 1 and (q := statistics.quantiles(x, n=4, method="inclusive"))
+        ],
+        commands=[f"sateen train {folder / SETTINGS} --out {config.name}-again"],
+    )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def is_finished(config: RunConfig, folder: Path) -> bool:

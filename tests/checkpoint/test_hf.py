@@ -367,3 +367,13 @@ def test_config_names_the_dtype_of_the_saved_tensors(tmp_path):
 def test_a_null_where_a_number_belongs_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"wrong type.*hidden_size"):
         ModelConfig.from_hf(preset("mimo-7b-tiny") | {"hidden_size": None})
+
+
+def test_a_tensor_in_two_files_without_an_index_is_refused(tmp_path):
+    hf.save(Decoder(ModelConfig.from_hf(preset("mimo-7b-tiny"))).init_weights(0), tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, tmp_path / "m" / "other.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"other\.safetensors: model\.norm\.weight is in model\.safetensors too"
+    ):
+        hf.load_model(tmp_path / "m")

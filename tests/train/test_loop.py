@@ -33,7 +33,7 @@ def texts(tmp_path_factory) -> Path:
     return folder
 
 
-def recipe(texts: Path, *stages: dict) -> RunConfig:
+def recipe(texts: Path, *stages: dict, heads: int = 1) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "test",
@@ -41,7 +41,7 @@ def recipe(texts: Path, *stages: dict) -> RunConfig:
             "threads": 1,
             "model": {
                 "preset": "mimo-v2-flash-tiny",
-                "overrides": {"num_nextn_predict_layers": 1, "vocab_size": 300},
+                "overrides": {"num_nextn_predict_layers": heads, "vocab_size": 300},
             },
             "tokenizer": {"vocab_size": 300},
             "data": {
@@ -229,3 +229,14 @@ def test_a_second_stage_cannot_be_resumed_with_other_data(texts, tmp_path):
     other = recipe(texts, pretrain_stage(4, seq_len=16))
     with pytest.raises(Exception, match="seq_len"):
         run(other, tmp_path / "run")
+
+
+def test_training_only_new_heads_needs_a_model_with_one(texts, tmp_path):
+    """With two, nothing would say which of the old ones stays frozen."""
+    small = {"tokens": 2 * 128, "seq_len": 64, "tokens_per_batch": 128}
+    config = recipe(
+        texts, pretrain_stage(2), {"stage": "mtp", "num_heads": 3, "train": "new", **small}, heads=2
+    )
+    run(config, tmp_path / "run", 0)
+    with pytest.raises(ConfigError, match=r"already has 2 heads; use train = \"all\""):
+        run(config, tmp_path / "run", 1)

@@ -87,10 +87,15 @@ def shards(folder: Path) -> dict[str, Path]:
         if missing:
             raise CheckpointError(f"{folder / INDEX}: names files that are not there: {', '.join(missing)}")
         return {name: folder / file for name, file in weight_map.items()}
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_shard(file) as shard:
-            found.update(dict.fromkeys(shard.keys(), file))
+            names = set(shard.keys())
+        if twice := sorted(names & found.keys()):
+            raise CheckpointError(
+                f"{file}: {twice[0]} is in {found[twice[0]].name} too, and no {INDEX} says which one counts"
+            )
+        found.update(dict.fromkeys(names, file))
     if not found:
         raise CheckpointError(f"{folder}: no .safetensors file here")
     return found

@@ -180,8 +180,8 @@ def receipt(folder: Path, evaluation: dict[str, Any]) -> None:
     context = hybrid["kv"]["context"]
     weights = sum(f.stat().st_size for f in (folder / "hybrid" / "model").resolve().glob("*.safetensors"))
     written = Receipt(
-        source={"kind": "recipe", "path": "recipes/demo.toml", "sha256": None},
-        seeds={"run": 0, "tasks": 1, "prompts": 2},
+        source=Receipt.read(folder / "hybrid").source,
+        seeds=Receipt.read(folder / "hybrid").seeds | {"tasks": 1, "prompts": 2},
         hardware=hardware(),
         versions=versions(),
         quality={**hybrid["quality"], "baselines": evaluation["baselines"], "twin": twin["quality"]},

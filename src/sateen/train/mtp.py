@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import replace
 
 import torch
@@ -42,9 +41,15 @@ def mtp(context: StageContext) -> None:
         for head in model.mtp_heads()[1 if stage.train == "new" else 0 :]:
             head.requires_grad_(True)
 
-    train_text(
-        context, objective, adapt=functools.partial(copy_first_head, num_heads=stage.num_heads), freeze=freeze
-    )
+    def adapt(model: Decoder) -> Decoder:
+        if stage.train == "new" and model.num_mtp_heads > 1:
+            raise ConfigError(
+                f'train = "new" freezes the first head and trains its copies, and the model already has '
+                f'{model.num_mtp_heads} heads; use train = "all"'
+            )
+        return copy_first_head(model, stage.num_heads)
+
+    train_text(context, objective, adapt=adapt, freeze=freeze)
 
 
 @torch.no_grad()
