@@ -210,7 +210,7 @@ def summary(folder: Path, report: Path) -> str:
         + ", ".join(f"{what} {value:.0f} tokens/s" for what, value in speeds.items()),
         f"report            {report}",
         "",
-        f"Talk to it:       sateen chat {folder}      (try: 47+85=)",
+        f"Talk to it:       sateen chat {folder}      (try: 47+85=, and /reset before the next)",
         f'Continue a text:  sateen generate {folder} -p "The string module"',
     ]
     return "\n".join(lines)
