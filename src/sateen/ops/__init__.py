@@ -2,17 +2,31 @@
 
 from sateen.ops.attention import attention, select_blocks
 from sateen.ops.block_sparse_attention import block_sparse_attention
+from sateen.ops.complex_matmul import (
+    PackedPhase,
+    PhaseWeight,
+    complex_matmul,
+    pack_phase,
+    phase_quantize,
+    unpack_phase,
+)
 from sateen.ops.grouped_matmul import grouped_matmul
 from sateen.ops.int8_attention import Int8Rows, int8_attention, int8_rows_attention, int8_sdpa, quantize_int8
 
 __all__ = [
     "Int8Rows",
+    "PackedPhase",
+    "PhaseWeight",
     "attention",
     "block_sparse_attention",
+    "complex_matmul",
     "grouped_matmul",
     "int8_attention",
     "int8_rows_attention",
     "int8_sdpa",
+    "pack_phase",
+    "phase_quantize",
     "quantize_int8",
     "select_blocks",
+    "unpack_phase",
 ]

@@ -9,40 +9,47 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import sateen.ops
+from sateen.ops.complex_matmul import PhaseWeight
 from sateen.ops.op import Op
 
 
-def _attention(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _attention(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     offsets = torch.tensor([0, 4], dtype=torch.int32, device=device)
     q, k, v = (torch.zeros(4, heads, 16, device=device) for heads in (2, 1, 1))
     options = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "scale": 0.25, "window": None}
     return (q, k, v), options | {"sink_N": None, "return_lse": False, "block_max": None}
 
 
-def _grouped_matmul(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _grouped_matmul(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x_TD, w_EDF = torch.zeros(3, 4, device=device), torch.zeros(2, 4, 5, device=device)
     return (x_TD, w_EDF, torch.tensor([1, 2], device=device)), {}
 
 
-def _block_sparse_attention(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _block_sparse_attention(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     (q, k, v), options = _attention(device)
     idx_KTn = torch.zeros(1, 4, 1, dtype=torch.int32, device=device)
     kept = {name: options[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "scale", "sink_N", "return_lse")}
     return (q, k, v, idx_KTn), kept | {"block_size": 2}
 
 
-def _int8_attention(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _int8_attention(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     (q, k, v), options = _attention(device)
     return (q, k, v), {key: options[key] for key in ("cu_seqlens_q", "cu_seqlens_k", "scale", "window")}
 
 
+def _complex_matmul(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x, scale = torch.zeros(3, 4, device=device), torch.ones((), device=device)
+    weight = PhaseWeight(torch.zeros(2, 4, dtype=torch.uint8, device=device), scale, scale)
+    return (x, x, (weight,)), {"conjugate": True, "act": "int8"}
+
+
 # A small ordinary call of each operator: what its backends are asked whether they can run.
-CALLS: dict[str, Callable[[str], tuple[tuple[Tensor, ...], dict[str, Any]]]] = {
+CALLS: dict[str, Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "attention": _attention,
     "block_sparse_attention": _block_sparse_attention,
+    "complex_matmul": _complex_matmul,
     "grouped_matmul": _grouped_matmul,
     "int8_attention": _int8_attention,
 }
