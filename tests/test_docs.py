@@ -28,7 +28,7 @@ STATUS = ROOT / "docs" / "status.md"
 FOREIGN = {"cd", "git", "source"}
 # Folders of the checkout: a path below one of them that stands in backticks must be there.
 ROOMS = "benchmarks|docs|examples|native|recipes|src|tests|tools"
-MACHINE_PATHS = re.compile(r"(?<![\w.])(?:~/|/(?:home|mnt|opt|root|tmp|usr|var|work|Users)(?:/|\b))")
+MACHINE_PATHS = re.compile(r"(?<![\w.])(?:~/|/(?:home|mnt|opt|root|tmp|usr|var|Users)(?:/|\b))")
 
 
 class Block(NamedTuple):
@@ -249,7 +249,7 @@ def test_the_readers_of_this_file_bite(tmp_path):
     assert (first.line, first.language, second.line) == (3, "bash", 6)
     found = [command.words for block in (first, second) for command in _commands_anywhere(block)]
     assert found == [("make", "demo"), ("sateen", "ops", "--json")]
-    assert MACHINE_PATHS.findall("see /work/x, ~/x and `/tmp`") == ["/work/", "~/", "/tmp"]
+    assert MACHINE_PATHS.findall("see /home/x, ~/x and `/tmp`") == ["/home/", "~/", "/tmp"]
     assert not MACHINE_PATHS.findall("docs/work/x, a/tmp and and/or")
 
 
