@@ -91,7 +91,7 @@ def run_recipe(config: RunConfig, folder: Path, progress: Progress) -> None:
             progress.note(f"{folder}: resuming after {len(done)} of {len(config.stages)} stages")
         for index in range(len(done), len(config.stages)):
             stage = config.stages[index]
-            progress.note(f"stage {index + 1} of {len(config.stages)}: {stage.stage}")
+            progress.note(f"stage {index + 1} of {len(config.stages)}: {stage.label}")
             start = time.monotonic()
             try:
                 stage_function(stage.stage)(StageContext(config, stage, index, folder, progress))

@@ -165,6 +165,49 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
     return found
 
 
+def keep_model(run: Path, name: str, checkpoint: Checkpoint) -> None:
+    """Keeps a checkpoint's model as `stages/<name>` of its run, whatever happens to the checkpoint.
+
+    The files are hard links where the disk has them, so they take no room of their own.
+    """
+    final = run / "stages" / name
+    fresh = final.with_name(f".{name}.writing")
+    if final.is_dir():
+        return
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint.hf, fresh, copy_function=_link_or_copy)
+        fresh.rename(final)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise CheckpointError(
+            f"{final} could not be written ({error}); free some space and resume the run"
+        ) from error
+
+
+def kept_model(run: Path, name: str) -> Path:
+    """The model directory that a finished stage of this name left.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    folder = run / "stages" / name
+    if not folder.is_dir():
+        found = sorted(p.name for p in (run / "stages").glob("[!.]*")) if (run / "stages").is_dir() else []
+        raise CheckpointError(
+            f"{folder}: no stage left its model here (there are: {', '.join(found) or 'none'}); "
+            "run that stage first"
+        )
+    return folder
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def _open(folder: Path) -> Checkpoint:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

@@ -155,7 +155,10 @@ class _Merged:
 
 
 def _position(items: list[Any], key: str, path: Loc, origin: str) -> int:
-    """Which item of a list a table key addresses: an index, or the name of a stage that occurs once."""
+    """Which item of a list a table key addresses: an index, a stage's name, or a stage that occurs once."""
+    own = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if own.count(key) == 1:
+        return own.index(key)
     names = [item.get("stage") if isinstance(item, dict) else None for item in items]
     where = ".".join(map(str, path))
     if key.isdecimal() and int(key) < len(items):

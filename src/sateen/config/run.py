@@ -44,6 +44,12 @@ class RunConfig(Config):
                 if source not in self.data:
                     message = f"names no source: {unknown_name('data source', source, self.data)}"
                     raise problem(message, "stages", index, "sources", source)
+            earlier = [other.name for other in self.stages[:index] if other.name]
+            if stage.name in earlier:
+                raise problem(f"= {stage.name!r} is the name of an earlier stage", "stages", index, "name")
+            if stage.start_from is not None and stage.start_from not in earlier:
+                message = f"names no earlier stage: {unknown_name('stage', stage.start_from, earlier)}"
+                raise problem(message, "stages", index, "start_from")
             if not any(self.source_weights(stage).values()):
                 raise problem("has no source with a weight above 0", "stages", index)
         return self

@@ -35,6 +35,8 @@ class StageConfig(Config):
 
     Attributes:
         stage: which stage this is, a key of `STAGES`.
+        name: the stage's own name; its final model stays in the run folder as `stages/NAME`.
+        start_from: name of the earlier stage whose model this one begins with; the stage before it if None.
         tokens: budget, counted over all sources.
         seq_len: longest sequence, in tokens (source: ours).
         tokens_per_batch: tokens of one optimizer step (source: ours).
@@ -49,6 +51,8 @@ class StageConfig(Config):
 
     choice: ClassVar[str | None] = "stage"
     stage: str
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] | None = None
+    start_from: str | None = None
     tokens: Positive
     seq_len: Positive = 512
     tokens_per_batch: Positive = 8192
@@ -61,6 +65,11 @@ class StageConfig(Config):
     eval_every_tokens: Count = 0
     keep_checkpoints: Positive = 2
     compile: bool = False
+
+    @property
+    def label(self) -> str:
+        """What people see: its name, or which stage it is."""
+        return self.name or self.stage
 
     @property
     def tokens_per_micro_batch(self) -> int:

@@ -15,9 +15,9 @@ from sateen.post.algorithms import MOPD
 from sateen.post.rl import rollout_source
 from sateen.post.rollouts.source import RolloutSource
 from sateen.post.types import Rollout
-from sateen.train.loop import train_text
 from sateen.train.objective import TokenObjective
 from sateen.train.prepare import RunData
+from sateen.train.text import train_text
 
 
 def mopd(context: StageContext) -> None:

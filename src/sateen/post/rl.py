@@ -10,9 +10,10 @@ from sateen.errors import ConfigError
 from sateen.models.decoder import Decoder
 from sateen.post.algorithms import GRPO
 from sateen.post.rollouts.source import RolloutSource, draw_prompts
-from sateen.train.loop import stage_seed, train_text
+from sateen.train.loop import stage_seed
 from sateen.train.objective import TokenObjective
 from sateen.train.prepare import RunData, build_task
+from sateen.train.text import train_text
 
 
 def rl(context: StageContext) -> None:

@@ -1,45 +1,49 @@
-"""The loop that all text stages share: data, model, resume, steps, evaluation, checkpoints, Ctrl-C.
+"""The loop that every stage shares: model, resume, steps, evaluation, checkpoints, Ctrl-C.
 
-A stage file names its algorithm and says what is trained; everything a run leaves in its folder is written
-here. A stage that is already finished returns at once, and a resumed one repeats an unbroken run bit for bit
-at equal thread count.
+A `Subject` says what is trained: how its model begins and is stored, where batches come from and how held-out
+data is measured. Everything a run leaves in its folder is written here. A stage that is already finished
+returns at once, and a resumed one repeats an unbroken run bit for bit at equal thread count.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sateen.checkpoint import hf
-from sateen.checkpoint.state import Checkpoint, latest_checkpoint, save_checkpoint
+from sateen.checkpoint.state import Checkpoint, keep_model, kept_model, latest_checkpoint, save_checkpoint
 from sateen.config import StageContext
-from sateen.data.loader import Loader
-from sateen.data.packing import IGNORE, PackedBatch
-from sateen.models.decoder import Decoder
-from sateen.nn.mlp import SwiGLU
-from sateen.nn.norm import RMSNorm
-from sateen.train.heldout import bits_per_byte
 from sateen.train.interrupt import interruptible
 from sateen.train.metrics import LoadTrace, MetricsWriter
-from sateen.train.objective import TokenObjective
+from sateen.train.objective import Objective
 from sateen.train.optim import Optimizer, build_optimizer
-from sateen.train.prepare import RunData, new_model, prepare
 from sateen.train.schedule import build_schedule
 from sateen.train.step import TrainStep
 
-MakeObjective = Callable[[Decoder], TokenObjective]
+
+class Batch(Protocol):
+    """What the loop asks of a batch; everything else is between its source and its objective.
+
+    Attributes:
+        num_tokens: what the batch takes from the stage's budget.
+    """
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def to(self, device: str) -> Batch: ...
 
 
 class BatchSource(Protocol):
-    """Where a stage's batches come from: token files for most, an engine's rollouts for some."""
+    """Where a stage's batches come from: files for most, an engine's rollouts for some."""
 
-    def __next__(self) -> PackedBatch: ...
+    def __next__(self) -> Any:
+        """The next `Batch`."""
+        ...
 
     def metrics(self) -> dict[str, float]:
         """Values about the newest batches, for metrics.jsonl."""
@@ -50,25 +54,44 @@ class BatchSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-MakeBatches = Callable[[Decoder, RunData], BatchSource]
+class Subject(Protocol):
+    """What a stage trains."""
+
+    def start(self, origin: Path | None) -> nn.Module:
+        """The model where the stage begins: from an earlier stage's model directory, or fresh without one."""
+        ...
+
+    def resume(self, folder: Path) -> nn.Module:
+        """The model of a checkpoint that this stage wrote."""
+        ...
+
+    def objective(self, model: Any) -> Objective:
+        """What is minimised."""
+        ...
+
+    def batches(self, model: Any) -> BatchSource:
+        """Where batches come from."""
+        ...
+
+    def write(self, model: Any, folder: Path) -> None:
+        """Fills an empty directory with the model's files."""
+        ...
+
+    def describe(self, values: dict[str, Any], batches: Sequence[Any]) -> dict[str, float]:
+        """Further values of a step for metrics.jsonl, from its losses and batches."""
+        ...
+
+    def heldout(self, model: Any) -> dict[str, float]:
+        """Measurements on data that is never trained on; empty where there is none."""
+        ...
 
 
-def train_text(
-    context: StageContext,
-    make_objective: MakeObjective,
-    *,
-    adapt: Callable[[Decoder], Decoder] | None = None,
-    freeze: Callable[[Decoder], None] | None = None,
-    make_batches: MakeBatches | None = None,
-) -> None:
-    """Runs or resumes a text stage to its token budget.
+def train_stage(context: StageContext, subject: Subject) -> None:
+    """Runs or resumes a stage to its token budget.
 
     Args:
         context: what the stage runner hands to every stage.
-        make_objective: the stage's objective for the model it trains.
-        adapt: changes the model once, where the stage begins; a resumed stage finds it changed.
-        freeze: switches gradients off for what the stage does not train.
-        make_batches: where batches come from; the stage's token files when None.
+        subject: what is trained.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the running step is finished and saved; a second
@@ -76,29 +99,33 @@ def train_text(
         TrainingError: a loss is not finite.
         CheckpointError: a checkpoint cannot be written or read.
     """
+    stage = context.stage
     saved = latest_checkpoint(context.folder)
-    if saved is not None and _is_finished(saved, context.stage_index):
-        return
     if context.config.threads:
         torch.set_num_threads(context.config.threads)
-    data = prepare(context)
-    resumes = saved is not None and saved.progress["stage_index"] == context.stage_index
-    if not resumes:
-        torch.manual_seed(stage_seed(context))
-    if saved is None:
-        model = new_model(context, data.tokenizer)
-    else:
-        model = hf.load(saved.hf, dtype=torch.float32, device=context.config.device)
-    if adapt is not None and not resumes:
-        model = adapt(model)
-    if freeze is not None:
-        freeze(model)
-    batches = _loader(context, data) if make_batches is None else make_batches(model, data)
-    loop = _Loop(context, model.train(), data, make_objective(model), batches, saved)
-    if resumes:
-        assert saved is not None
+    if saved is not None and saved.progress["stage_index"] == context.stage_index:
+        loop = _Loop(context, subject, subject.resume(saved.hf), saved)
         loop.load(saved)
+    else:
+        torch.manual_seed(stage_seed(context))
+        if stage.start_from is not None:
+            origin: Path | None = kept_model(context.folder, stage.start_from)
+        else:
+            origin = saved.hf if saved is not None else None
+        loop = _Loop(context, subject, subject.start(origin), saved)
     loop.run()
+
+
+def is_finished(context: StageContext) -> bool:
+    """Whether the stage reached its budget in an earlier process; its model is kept where it has a name."""
+    saved = latest_checkpoint(context.folder)
+    if saved is None:
+        return False
+    at = int(saved.progress["stage_index"])
+    done = at > context.stage_index or (at == context.stage_index and bool(saved.progress["is_finished"]))
+    if done and at == context.stage_index and context.stage.name is not None:
+        keep_model(context.folder, context.stage.name, saved)
+    return done
 
 
 def stage_seed(context: StageContext) -> int:
@@ -106,60 +133,21 @@ def stage_seed(context: StageContext) -> int:
     return context.config.seed + 1_000_003 * context.stage_index
 
 
-def _loader(context: StageContext, data: RunData) -> BatchSource:
-    """The mixture of the stage's token files."""
-    return Loader(
-        data.sources,
-        tokens_per_batch=context.stage.tokens_per_micro_batch,
-        seq_len=context.stage.seq_len,
-        seed=stage_seed(context),
-        pad_id=data.tokenizer.eos_id,
-    )
-
-
-def compile_pieces(model: Decoder) -> None:
-    """Runs norms and dense MLPs through torch.compile from their next call on.
-
-    Whole layers would compile anew for every batch: attention and experts take shapes from sequence lengths
-    and loads, which differ from batch to batch.
-    """
-    for module in model.modules():
-        if isinstance(module, RMSNorm | SwiGLU):
-            module.compile()
-
-
-def _is_finished(saved: Checkpoint, stage_index: int) -> bool:
-    at = int(saved.progress["stage_index"])
-    return at > stage_index or (at == stage_index and bool(saved.progress["is_finished"]))
-
-
 class _Loop:
-    def __init__(
-        self,
-        context: StageContext,
-        model: Decoder,
-        data: RunData,
-        objective: TokenObjective,
-        batches: BatchSource,
-        saved: Checkpoint | None,
-    ):
-        config, stage = context.config, context.stage
-        self.context, self.stage, self.model, self.data = context, stage, model, data
+    def __init__(self, context: StageContext, subject: Subject, model: nn.Module, saved: Checkpoint | None):
+        stage = context.stage
+        self.context, self.stage, self.subject, self.model = context, stage, subject, model.train()
+        self.loader = subject.batches(model)
+        # After the batches: what must not learn is frozen by then.
         self.optimizer: Optimizer = build_optimizer(model, stage.optimizer)
         self.schedule = build_schedule(stage.schedule, stage.tokens)
-        self.dtype = getattr(torch, config.dtype)
         self.train_step = TrainStep(
             model,
-            [(objective, self.optimizer)],
+            [(subject.objective(model), self.optimizer)],
             clip_norm=stage.optimizer.clip_norm,
-            dtype=self.dtype,
+            dtype=getattr(torch, context.config.dtype),
             router_bias_rate=stage.losses.router_bias_update_rate,
         )
-        if stage.compile:
-            compile_pieces(model)
-        self.loader = batches
-        self.token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-        self.token_bytes[: data.tokenizer.vocab_size] = torch.from_numpy(data.tokenizer.token_bytes)
         # Steps and tokens count over the whole run, stage_tokens over this stage.
         self.step = saved.step if saved else 0
         self.tokens = int(saved.progress["tokens"]) if saved else 0
@@ -184,7 +172,7 @@ class _Loop:
         """Steps to the token budget."""
         folder, progress = self.context.folder, self.context.progress
         self.trace = LoadTrace(folder, resume_step=self.step)
-        progress.start(self.stage.stage, self.stage.tokens, self.stage_tokens)
+        progress.start(self.stage.label, self.stage.tokens, self.stage_tokens)
         try:
             with MetricsWriter(folder, resume_step=self.step) as writer, interruptible() as is_interrupted:
                 while self.stage_tokens < self.stage.tokens:
@@ -223,40 +211,21 @@ class _Loop:
         self.trace.add(self.step, result.expert_counts)
         step_s = time.perf_counter() - began
         values: dict[str, Any] = {
-            "stage": stage.stage,
+            "stage": stage.label,
             "tokens": self.tokens,
             **result.metrics,
             **self.loader.metrics(),
         }
-        if "loss_main" in values:
-            values["bits_per_byte"] = self._bits_per_byte(values["loss_main"], batches)
+        values |= self.subject.describe(values, batches)
         values["lr"] = self.optimizer.learning_rate * factor
-        if self.data.heldout and self.stage_tokens >= min(self.next_eval, stage.tokens):
+        if self.stage_tokens >= min(self.next_eval, stage.tokens):
             while self.next_eval <= self.stage_tokens and stage.eval_every_tokens:
                 self.next_eval += stage.eval_every_tokens
-            values["heldout_bits_per_byte"] = self._heldout()
+            values |= self.subject.heldout(self.model)
         return values | {
             "tokens_per_s": round(num_tokens / step_s, 1),
             "step_s": round(step_s, 4),
         }
-
-    def _bits_per_byte(self, nats_per_token: float, batches: Sequence[PackedBatch]) -> float:
-        """The step's cross-entropy per byte of the text its labels stand for."""
-        labels = torch.cat([b.labels for b in batches]).cpu()
-        labels = labels[labels != IGNORE]
-        num_bytes = int(self.token_bytes[labels].sum())
-        return nats_per_token * len(labels) / math.log(2) / max(num_bytes, 1)
-
-    def _heldout(self) -> float:
-        stage = self.stage
-        return bits_per_byte(
-            self.model,
-            self.data.heldout,
-            self.token_bytes,
-            seq_len=stage.seq_len,
-            tokens_per_batch=stage.tokens_per_micro_batch,
-            dtype=self.dtype,
-        )
 
     def _save(self) -> None:
         self.trace.save()
@@ -271,17 +240,16 @@ class _Loop:
             "next_eval": self.next_eval,
             "loader": self.loader.state_dict(),
         }
-        save_checkpoint(
+        saved = save_checkpoint(
             self.context.folder,
             self.step,
-            write_hf=self._write_hf,
+            write_hf=lambda folder: self.subject.write(self.model, folder),
             tensors=tensors,
             progress=progress,
             keep=self.stage.keep_checkpoints,
         )
-
-    def _write_hf(self, folder: Path) -> None:
-        hf.write_files(self.model, folder, carry_from=self.data.folder)
+        if progress["is_finished"] and self.stage.name is not None:
+            keep_model(self.context.folder, self.stage.name, saved)
 
 
 def _get_rng() -> dict[str, Tensor]:

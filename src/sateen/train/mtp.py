@@ -11,8 +11,8 @@ from sateen.config import MTPConfig, StageContext
 from sateen.errors import ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
-from sateen.train.loop import train_text
 from sateen.train.objective import CrossEntropy, TokenObjective
+from sateen.train.text import train_text
 
 
 def mtp(context: StageContext) -> None:

@@ -1,7 +1,7 @@
 """What the text stages of a run read: its tokenizer and token files, made once in the run folder.
 
 Everything is written under a temporary name and renamed, so an interrupted preparation starts again where it
-stopped. `train.loop` calls `prepare`; the loader mixes what it returns.
+stopped. `train.text` calls `prepare`; the loader mixes what it returns.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sateen.config import StageContext
 from sateen.models.decoder import Decoder
-from sateen.train.loop import train_text
 from sateen.train.objective import CrossEntropy, TokenObjective
+from sateen.train.text import train_text
 
 
 def cross_entropy_objective(context: StageContext) -> TokenObjective:
