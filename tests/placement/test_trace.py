@@ -131,6 +131,26 @@ def test_policies(file):
         simulate(trace, 2, 4, policy="nevr")
 
 
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def test_recorded_cuts():
+    # Cuts of the runs of `test_recorded_runs`; its bounds hold on them.
+    stable, shift = (load_trace(GOLDEN / f"expert_loads_{name}.npz") for name in ("stable", "shift"))
+    assert all(s.stable_since and not s.alarms for s in states(stable))
+    assert all(1300 < s.alarms[0] <= 1400 for s in states(shift))  # the data changed after step 1,300
+    for horizon in (100, 500):
+        at = range(300, 1201 - horizon, 50)
+        ours, last = (
+            np.mean([e.wape_agg for e in evaluate(stable, horizon, m, at)]) for m in ("sw_flat", "last")
+        )
+        assert last >= 2 * ours
+    for trace, horizon, at in ((stable, 300, range(200, 901, 50)), (shift, 200, range(150, 201, 10))):
+        shares = trace.shares_TLE
+        loads = [plan(shares[t - 100 : t].mean(0), 8, 32).rank_loads(shares[t : t + horizon]) for t in at]
+        assert balancedness_ratio_of_sums(np.concatenate(loads)) >= 0.78
+
+
 REAL = os.environ.get("SATEEN_MOE_TRACE", "")
 
 

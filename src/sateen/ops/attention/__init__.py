@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sateen.errors import ShapeError
 from sateen.ops.attention.chunked import attention_torch
 from sateen.ops.attention.native import attention_native
 from sateen.ops.attention.reference import OP, attention_reference
 from sateen.ops.attention.select import select_blocks
+from sateen.ops.packed import check_packed
 
 __all__ = ["OP", "attention", "attention_native", "attention_reference", "attention_torch", "select_blocks"]
 
@@ -58,7 +58,7 @@ def attention(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    _check(q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, window, sink_N)
+    check_packed("attention", q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, window=window, sink=sink_N)
     # Autocast would lower the matrix products inside the backends; scores and sums are float32 by contract.
     with torch.autocast(q_TNH.device.type, enabled=False):
         out: Tensor | tuple[Tensor, ...] = OP(
@@ -75,25 +75,3 @@ def attention(
             backend=backend,
         )
     return out
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, window: int | None, sink: Tensor | None
-) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not (q.ndim == k.ndim == v.ndim == 3) or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
-        raise ShapeError(f"attention takes q [T,N,H], k [S,K,H], v [S,K,V]; got {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ShapeError(f"attention needs query heads that are a multiple of key/value heads; got {shapes}")
-    if window is not None and window < 1:
-        raise ShapeError(f"attention window counts the query's own key, so it is at least 1; got {window}")
-    if sink is not None and sink.shape != (q.shape[1],):
-        raise ShapeError(f"attention takes one sink per query head; got {tuple(sink.shape)} for {shapes}")
-    # Offsets are read on the CPU only: on other devices the check would wait for the device at every call.
-    if not torch.compiler.is_compiling() and cu_q.device.type == "cpu":
-        ends = (int(cu_q[-1]), int(cu_k[-1]))
-        if ends != (q.shape[0], k.shape[0]) or cu_q.shape != cu_k.shape:
-            raise ShapeError(
-                f"attention offsets end at {ends} for {cu_q.numel() - 1} and {cu_k.numel() - 1} sequences; "
-                f"got {shapes}"
-            )

@@ -8,6 +8,7 @@ from torch import Tensor
 from sateen.errors import ShapeError
 from sateen.ops.block_sparse_attention.gathered import block_sparse_attention_torch
 from sateen.ops.block_sparse_attention.reference import OP, block_sparse_attention_reference
+from sateen.ops.packed import check_packed
 
 __all__ = [
     "OP",
@@ -62,7 +63,10 @@ def block_sparse_attention(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    _check(q_TNH, k_SKH, v_SKV, idx_KTn, block_size, cu_seqlens_q, cu_seqlens_k, sink_N)
+    shapes = check_packed(
+        "block_sparse_attention", q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, sink=sink_N
+    )
+    _check_lists(q_TNH, k_SKH, idx_KTn, block_size, shapes)
     # Autocast would lower the matrix products inside the backends; scores and sums are float32 by contract.
     with torch.autocast(q_TNH.device.type, enabled=False):
         out: Tensor | tuple[Tensor, Tensor] = OP(
@@ -81,31 +85,14 @@ def block_sparse_attention(
     return out
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, idx: Tensor, block_size: int, cu_q: Tensor, cu_k: Tensor,
-    sink: Tensor | None,
-) -> None:  # fmt: skip
-    name = "block_sparse_attention"
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not (q.ndim == k.ndim == v.ndim == 3) or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
-        raise ShapeError(f"{name} takes q [T,N,H], k [S,K,H], v [S,K,V]; got {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ShapeError(f"{name} needs query heads that are a multiple of key/value heads; got {shapes}")
+def _check_lists(q: Tensor, k: Tensor, idx: Tensor, block_size: int, shapes: str) -> None:
     fits = idx.ndim == 3 and idx.shape[:2] == (k.shape[1], q.shape[0]) and idx.shape[2] > 0
     if not fits or idx.is_floating_point():
         raise ShapeError(
-            f"{name} takes integer idx [K,T,n] with n at least 1; got {idx.dtype} {tuple(idx.shape)} "
-            f"for {shapes}"
+            f"block_sparse_attention takes integer idx [K,T,n] with n at least 1; got {idx.dtype} "
+            f"{tuple(idx.shape)} for {shapes}"
         )
     if block_size < 1:
-        raise ShapeError(f"{name} takes blocks of at least 1 key; got block_size {block_size}")
-    if sink is not None and sink.shape != (q.shape[1],):
-        raise ShapeError(f"{name} takes one sink per query head; got {tuple(sink.shape)} for {shapes}")
-    # Offsets are read on the CPU only: on other devices the check would wait for the device at every call.
-    if not torch.compiler.is_compiling() and cu_q.device.type == "cpu":
-        ends = (int(cu_q[-1]), int(cu_k[-1]))
-        if ends != (q.shape[0], k.shape[0]) or cu_q.shape != cu_k.shape:
-            raise ShapeError(
-                f"{name} offsets end at {ends} for {cu_q.numel() - 1} and {cu_k.numel() - 1} sequences; "
-                f"got {shapes}"
-            )
+        raise ShapeError(
+            f"block_sparse_attention takes blocks of at least 1 key; got block_size {block_size}"
+        )

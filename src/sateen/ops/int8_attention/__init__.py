@@ -8,6 +8,7 @@ from torch import Tensor
 from sateen.errors import ShapeError, unknown_name
 from sateen.ops.int8_attention.quantize import Int8Rows, integer_matmul, quantize_int8
 from sateen.ops.int8_attention.reference import OP, P_LEVELS, rows_reference
+from sateen.ops.packed import check_packed
 
 __all__ = [
     "OP",
@@ -82,7 +83,10 @@ def int8_attention(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    _check_shapes(q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, window, sink_N, block_size)
+    check_packed(
+        "int8_attention", q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, window=window, sink=sink_N
+    )
+    _check_block(block_size)
     for name, value, known in (
         ("pv", pv, ("int8", "float")),
         ("p_bits", p_bits, tuple(P_LEVELS)),
@@ -192,7 +196,17 @@ def int8_rows_attention(
     Raises:
         ShapeError: as `int8_attention`.
     """
-    _check_shapes(q_TNH, rows.k_SKH, rows.v_SKV, cu_seqlens_q, cu_seqlens_k, window, sink_N, block_size)
+    check_packed(
+        "int8_attention",
+        q_TNH,
+        rows.k_SKH,
+        rows.v_SKV,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        window=window,
+        sink=sink_N,
+    )
+    _check_block(block_size)
     with torch.autocast(q_TNH.device.type, enabled=False):
         return rows_reference(
             q_TNH,
@@ -207,31 +221,6 @@ def int8_rows_attention(
         )
 
 
-def _check_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    window: int | None,
-    sink: Tensor | None,
-    block_size: int,
-) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not (q.ndim == k.ndim == v.ndim == 3) or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
-        raise ShapeError(f"int8_attention takes q [T,N,H], k [S,K,H], v [S,K,V]; got {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ShapeError(f"int8_attention needs query heads that are a multiple of key heads; got {shapes}")
-    if window is not None and window < 1:
-        raise ShapeError(f"int8_attention window counts the query's own key: at least 1; got {window}")
+def _check_block(block_size: int) -> None:
     if not 1 <= block_size <= MAX_BLOCK:
         raise ShapeError(f"int8_attention block_size is 1 to {MAX_BLOCK}; got {block_size}")
-    if sink is not None and sink.shape != (q.shape[1],):
-        raise ShapeError(f"int8_attention takes one sink per query head; got {tuple(sink.shape)}, {shapes}")
-    if cu_q.device.type == "cpu":
-        ends = (int(cu_q[-1]), int(cu_k[-1]))
-        if ends != (q.shape[0], k.shape[0]) or cu_q.shape != cu_k.shape:
-            raise ShapeError(
-                f"int8_attention offsets end at {ends} for {cu_q.numel() - 1} and {cu_k.numel() - 1} "
-                f"sequences; got {shapes}"
-            )
