@@ -29,10 +29,10 @@ from sateen.config import AdamWConfig
 from sateen.data.packing import PackedBatch, pack
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
-from sateen.train.text import compile_pieces
 from sateen.train.objective import CrossEntropy, TokenObjective
 from sateen.train.optim import build_optimizer
 from sateen.train.step import TrainStep
+from sateen.train.text import compile_pieces
 
 VOCAB, BATCH, LENGTH = 8192, 8, 256
 SHAPES: dict[str, dict[str, int]] = {

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt:
-        hint = "; the same command resumes from the last checkpoint" if verb.resumes else ""
+        hint = "; the same command goes on from what is done" if verb.resumes else ""
         print(f"\nsateen: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:

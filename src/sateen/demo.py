@@ -100,6 +100,18 @@ def configs(settings: dict[str, Any]) -> dict[str, RunConfig]:
     return {name: load_recipe(recipe, flags) for name, recipe in MODELS.items()}
 
 
+# One command per method; the demo itself is the sliding-window hybrid with experts and drafts.
+METHODS = {
+    "HySparse, sparse layers that share a full one's cache": "train hysparse-tiny",
+    "INT8 attention, error tables beside FP8": "bench int8-attention",
+    "Fairy±i, a complex model of two-bit weights": "train fairy-tiny",
+    "expert loads, forecast for this demo's experts": "experts forecast FOLDER --horizon 100",
+    "reasoning RL, sums from mostly wrong to right": "train rl-tiny",
+    "MOPD, several teachers distilled into one model": "train mopd-tiny",
+    "MiMo-Audio, a speech codec and its language model": "train audio-tiny",
+}
+
+
 def train(folder: Path, settings: dict[str, Any]) -> None:
     """Trains both models, side by side where there are two cores; already finished ones are left alone.
 
@@ -212,5 +224,9 @@ def summary(folder: Path, report: Path) -> str:
         "",
         f"Talk to it:       sateen chat {folder}      (try: 47+85=, and /reset before the next)",
         f'Continue a text:  sateen generate {folder} -p "The string module"',
+        "",
+        "The other methods, each in minutes:",
+        *(f"  {what:<54} sateen {command}" for what, command in METHODS.items()),
     ]
-    return "\n".join(lines)
+    trace = folder / "hybrid" / "traces" / "expert_load.npz"
+    return "\n".join(lines).replace("FOLDER", str(trace))

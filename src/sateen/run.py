@@ -92,13 +92,15 @@ def run_recipe(config: RunConfig, folder: Path, progress: Progress) -> None:
         for index in range(len(done), len(config.stages)):
             stage = config.stages[index]
             progress.note(f"stage {index + 1} of {len(config.stages)}: {stage.label}")
-            start = time.monotonic()
+            start, cpu = time.monotonic(), time.process_time()
             try:
                 stage_function(stage.stage)(StageContext(config, stage, index, folder, progress))
             finally:
                 progress.stop()
-            seconds = round(time.monotonic() - start, 1)
-            done.append({"index": index, "stage": stage.stage, "wall_s": seconds})
+            # Of this process: a stage that was interrupted counts from where it was resumed.
+            wall_s, cpu_s = time.monotonic() - start, time.process_time() - cpu
+            row = {"index": index, "stage": stage.stage, "label": stage.label}
+            done.append(row | {"wall_s": round(wall_s, 1), "cpu_s": round(cpu_s, 1)})
             write_atomically(folder / PROGRESS, json.dumps({"schema": 1, "done": done}, indent=2) + "\n")
         run_receipt(config, folder).write(folder)
 
@@ -161,7 +163,7 @@ def claim(config: RunConfig, folder: Path) -> None:
 
 
 def read_progress(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
-    """The stages that are done, oldest first: `{"index", "stage", "wall_s"}` each.
+    """The stages that are done, oldest first: `{"index", "stage", "label", "wall_s", "cpu_s"}` each.
 
     Raises:
         CheckpointError: `progress.json` is damaged or speaks of other stages than the run has.

@@ -80,6 +80,10 @@ def _sampling(parser: argparse.ArgumentParser, *, max_tokens: int, temperature: 
         help="who proposes tokens for the model to check (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--weights", choices=("auto", "fairy2"), default="auto",
+        help="as stored, or complex two-bit masters packed at loading (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--attention", choices=("auto", "int8"), default="auto",
         help="floating point, or integer products over cached rows (default: %(default)s)",
     )  # fmt: skip
@@ -98,16 +102,51 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SRC", help="a Hugging Face directory, a run folder (last checkpoint) or a .gguf"
+    )
+    parser.add_argument("destination", metavar="DST", help="directory to write; a model there is replaced")
+    parser.add_argument(
+        "--weights", default="keep",
+        choices=("keep", "packed", "float", "phase", "fairy2i", "ternary", "int2"),
+        help="of the linear layers: `packed` stores the codes of a quantised model, `float` takes a "
+        "quantisation off, a method's name quantises and keeps the weights as masters (default: keep)",
+    )  # fmt: skip
+    parser.add_argument("--stages", type=_count, metavar="T", help="bits per weight of fairy2i (2)")
+    parser.add_argument(
+        "--activations", choices=("int8", "float"), help="of a method's layers (fairy2i: float, others: int8)"
+    )
+    parser.add_argument(
+        "--skip", type=_names, metavar="A,B", help="pieces of names of layers that stay as they are (lm_head)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of tensors in floating point (default: as stored)",
+    )  # fmt: skip
+
+
 def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument(
         "--tasks", type=_names, default=("perplexity",), metavar="A,B",
-        help="perplexity and names of verifiable tasks (default: perplexity)",
+        help="perplexity, names of verifiable tasks, or audio for a run on speech (default: perplexity)",
     )  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="text for perplexity (default: held-out Python docs)")
     parser.add_argument("--num-examples", type=_count, default=200, metavar="N", help="per task (200)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the task examples (default: 0)")
     _json(parser)
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="speech", required=True)
+    speech = actions.add_parser("speech", help="recorded speech with transcripts, from Debian's archive")
+    speech.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus; sets there stay")
+    speech.add_argument(
+        "--sets", type=_names, default=("festvox-ru", "asterisk-en"), metavar="A,B",
+        help="festvox-ru and asterisk-en, -es, -fr, -it, -ru (default: festvox-ru,asterisk-en)",
+    )  # fmt: skip
+    _json(speech, "what each set holds")
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +220,36 @@ def _experts(parser: argparse.ArgumentParser) -> None:
             one.add_argument("--threshold", type=_positive, default=0.9, metavar="B", help="floor (0.9)")
 
 
+def _audio(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="encode|decode|say|transcribe", required=True)
+    tokenizer = "an audio tokenizer, a run folder that trained one, or a model with one in audio_tokenizer/"
+    encode = actions.add_parser("encode", help="the codes of a sound file", allow_abbrev=False)
+    encode.add_argument("source", metavar="IN", help="WAV, FLAC, OGG or MP3; any rate, channels are averaged")
+    encode.add_argument("out", metavar="OUT.safetensors", help="tensor `codes`, int16 [R, frames]")
+    encode.add_argument("--quantizers", type=_count, metavar="R", help="leading residual stages (all)")
+    decode = actions.add_parser("decode", help="the sound that codes stand for", allow_abbrev=False)
+    decode.add_argument("source", metavar="IN.safetensors", help="what `audio encode` wrote")
+    decode.add_argument("out", metavar="OUT.wav", help="16-bit, at the tokenizer's rate; .flac works too")
+    encode.epilog = "example: sateen audio encode in.wav codes.safetensors --model runs/audio-tiny"
+    decode.epilog = "example: sateen audio decode codes.safetensors out.wav --model runs/audio-tiny"
+    speaker = "an audio language model, or a run folder that trained one"
+    say = actions.add_parser("say", help="a text read aloud by an audio language model", allow_abbrev=False)
+    say.add_argument("text", metavar="TEXT", help="what to say")
+    say.add_argument("out", metavar="OUT.wav", help="16-bit, at the tokenizer's rate; .flac works too")
+    say.add_argument("--seconds", type=_positive, default=20.0, metavar="S", help="longest answer (20)")
+    say.add_argument("--seed", type=int, default=0, metavar="N", help="of the random choices (0)")
+    transcribe = actions.add_parser("transcribe", help="the words of a sound file", allow_abbrev=False)
+    transcribe.add_argument("source", metavar="IN", help="WAV, FLAC, OGG or MP3; any rate")
+    transcribe.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="at most (256)")
+    say.epilog = 'example: sateen audio say "Good morning." morning.wav --model runs/audio-tiny'
+    transcribe.epilog = "example: sateen audio transcribe morning.wav --model runs/audio-tiny"
+    for one in (encode, decode, say, transcribe):
+        one.add_argument("--model", metavar="PATH", help=tokenizer if one in (encode, decode) else speaker)
+        if one in (say, transcribe):
+            one.add_argument("--tokenizer", metavar="PATH", help="an audio tokenizer (the model's own)")
+        _json(one)
+
+
 def _json(parser: argparse.ArgumentParser, what: str = "the result") -> None:
     parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
 
@@ -237,9 +306,20 @@ VERBS: dict[str, Verb] = {
         "sateen.checkpoint.inspect:main", "layers, parameters, bytes and cache sizes of a model", _inspect,
         ("inspect runs/demo", "inspect mimo-7b --context 4096,32768 --json"),
     ),
+    "convert": Verb(
+        "sateen.checkpoint.convert:main", "write a model in another form of its weights", _convert,
+        ("convert runs/demo runs/demo-bf16 --dtype bfloat16",
+         "convert runs/demo runs/demo-2bit --weights fairy2i --stages 2 --skip lm_head,experts",
+         "convert runs/demo-2bit runs/demo-packed --weights packed"),
+    ),
     "eval": Verb(
         "sateen.eval.faces:main", "perplexity and verifiable tasks", _eval,
         ("eval runs/demo", "eval runs/demo --tasks perplexity,recall,sums --json"),
+    ),
+    "data": Verb(
+        "sateen.data.speech:main", "fetch data that recipes read", _data,
+        ("data speech --out data/speech",
+         "data speech --out data/speech --sets festvox-ru,asterisk-en,asterisk-es"), resumes=True,
     ),
     "report": Verb("sateen.report:main", "write a run's report.html", _report, ("report runs/demo",)),
     "receipt": Verb(
@@ -258,6 +338,14 @@ VERBS: dict[str, Verb] = {
         ("experts trace runs/demo/hybrid/traces/expert_load.npz",
          "experts forecast runs/demo/hybrid/traces/expert_load.npz --horizon 100 --json",
          "experts place runs/demo/hybrid/traces/expert_load.npz --ranks 4 --slots 8 --json"),
+    ),
+    "audio": Verb(
+        "sateen.engine.audio_codec:main", "sound to codes and back, text to sound and back", _audio,
+        ("audio encode speech.wav codes.safetensors --model runs/audio-tiny",
+         "audio encode speech.wav codes.safetensors --model runs/audio-tiny --quantizers 4 --json",
+         "audio decode codes.safetensors speech-again.wav --model runs/audio-tiny",
+         'audio say "Good morning." morning.wav --model runs/audio-tiny --seed 1',
+         "audio transcribe morning.wav --model runs/audio-tiny"),
     ),
     "bench": Verb(
         "sateen.cli:bench", "run a benchmark of the checkout", _bench,

@@ -238,7 +238,7 @@ def test_an_unknown_key_names_its_file_and_the_nearest_key(recipe: Path, tmp_pat
         (
             "data.docs.kind=python_doc",
             "data.docs.kind = 'python_doc': unknown data kind 'python_doc'; did you mean python_docs? "
-            "(known: chat_task, python_docs, task, text_dir)",
+            "(known: chat_task, python_docs, speech, task, text_dir)",
         ),
         ("stages.0.stage=", f"stages.0.stage is missing; choose one of {STAGE_NAMES}"),
         (

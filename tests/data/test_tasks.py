@@ -1,10 +1,12 @@
+import itertools
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sateen.data.tasks import Recall, Sums, Task, task_class
+from sateen.data.tasks import Recall, Reverse, Sort, Sums, Task, task_class
 from sateen.data.tokenizer import Tokenizer
 from sateen.errors import ConfigError
 
@@ -50,7 +52,8 @@ def test_a_pairs_order_does_not_matter(a, b):
 
 @given(st.integers(0, 2**32))
 def test_every_task_accepts_its_own_completion(seed):
-    for task in (Sums(), Sums(is_heldout=True), Recall(count_tokens=bytes_of, distance=20)):
+    digits = [cls(is_heldout=held) for cls in (Sort, Reverse) for held in (False, True)]
+    for task in (Sums(), Sums(is_heldout=True), Recall(count_tokens=bytes_of, distance=20), *digits):
         example = task.sample(random.Random(seed))
         assert task.check(example.completion, example)
         assert example == task.sample(random.Random(seed))
@@ -63,6 +66,72 @@ def test_wrong_and_unfinished_sums_fail():
     assert task.check("7+5=13,132", example)  # only the answer is judged
     for output in ("", "7+5=12,4+8+1=13", "7+5=12,4+8+1=13,133", "132,7", "1132", "132 or 131"):
         assert not task.check(output, example)
+
+
+@pytest.mark.parametrize(
+    ("task", "digits", "answer"),
+    [
+        (Sort(), "66048764", "04466678"),
+        (Sort(num_digits=3), "201", "012"),
+        (Reverse(), "66048764", "46784066"),
+        (Reverse(num_digits=2), "10", "01"),
+    ],
+)
+def test_digits_are_arranged_as_by_hand(task, digits, answer):
+    example = task.example(digits)
+    assert (example.prompt, example.completion) == (f"{task.name} {digits}=", answer)
+    assert task.check(f" {answer}\n", example)
+    wrong = ["", digits, f"{answer}0", f"0{answer}", answer[:-1], f"{digits},{answer}", f"{answer} {answer}"]
+    for output in wrong:
+        assert not task.check(output, example)
+
+
+@pytest.mark.parametrize("cls", [Sort, Reverse])
+def test_heldout_rows_never_reach_the_training_stream(cls):
+    """All thousand rows of three digits, so that nothing depends on what happens to be drawn."""
+    rng = random.Random(0)
+    train, heldout = cls(num_digits=3), cls(num_digits=3, is_heldout=True)
+    seen, unseen = (
+        {task.sample(rng).prompt.removeprefix(f"{task.name} ")[:-1] for _ in range(20_000)}
+        for task in (train, heldout)
+    )
+    assert not seen & unseen
+    assert len(seen | unseen) == 1000
+    # 200 of them, within three standard deviations: 29 where all orders of a row go together, else 13.
+    assert 113 < len(unseen) < 287
+    if cls is Sort:  # no other order of a held-out row's digits is trained on
+        assert not {"".join(sorted(row)) for row in seen} & {"".join(sorted(row)) for row in unseen}
+
+
+def test_half_of_the_rows_are_held_out_when_asked():
+    train = Reverse(num_digits=4, heldout_share=0.5)
+    rows = ["".join(row) for row in itertools.product("0123456789", repeat=4)]
+    assert 4700 < sum(train.holds_out(row) for row in rows) < 5300
+
+
+@pytest.mark.parametrize("num_digits", [2, 3, 4])
+def test_chance_of_sorting_is_that_of_a_random_order(num_digits):
+    """Over all rows, the mean of 1 / (orders that look different): every one is as likely, one is right."""
+    total = 0.0
+    for row in itertools.product("0123456789", repeat=num_digits):
+        ways = 1
+        for count in Counter(row).values():
+            for i in range(1, count + 1):
+                ways *= i
+        orders = 1
+        for i in range(1, num_digits + 1):
+            orders *= i
+        total += ways / orders
+    assert Sort(num_digits=num_digits).chance == pytest.approx(total / 10**num_digits)
+
+
+@pytest.mark.parametrize("num_digits", [2, 3, 4])
+def test_chance_of_reversing_is_that_of_a_random_order(num_digits):
+    total = 0.0
+    for row in itertools.product("0123456789", repeat=num_digits):
+        orders = list(itertools.permutations(row))
+        total += orders.count(row[::-1]) / len(orders)
+    assert Reverse(num_digits=num_digits).chance == pytest.approx(total / 10**num_digits)
 
 
 def test_recall_asks_for_a_listed_value_at_the_distance():
@@ -109,9 +178,9 @@ def test_recall_checks_the_first_word_alone():
 
 
 def test_unknown_tasks_and_settings_are_refused():
-    assert set(Task.registry) >= {"sums", "recall"}
+    assert set(Task.registry) >= {"recall", "reverse", "sort", "sums"}
     assert task_class("sums") is Sums
-    with pytest.raises(ConfigError, match=r"did you mean sums\? \(known: recall, sums"):
+    with pytest.raises(ConfigError, match=r"did you mean sums\? \(known: recall, reverse, sort, sums"):
         task_class("sum")
     for settings in (
         {"num_pairs": 11},
@@ -126,3 +195,6 @@ def test_unknown_tasks_and_settings_are_refused():
         Recall(count_tokens=bytes_of, distance=1, filler=[" "])
     with pytest.raises(ConfigError, match="sums:"):
         Sums(is_heldout=True, heldout_share=0.0)
+    for settings in ({"num_digits": 1}, {"heldout_share": 1.0}, {"is_heldout": True, "heldout_share": 0.0}):
+        with pytest.raises(ConfigError, match="sort:"):
+            Sort(**settings)

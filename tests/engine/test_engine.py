@@ -357,7 +357,7 @@ def test_a_model_without_tokenizer_refuses_text(flash):
         (
             {"weights": "int4"},
             BackendUnavailable,
-            "weights 'int4' is not built yet; available: auto",
+            "weights 'int4' is not built yet; available: auto, fairy2",
         ),
         ({"kv_cache_dtype": "fp8"}, ConfigError, "unknown kv_cache_dtype 'fp8'"),
         (

@@ -46,9 +46,9 @@ def test_inspect_gives_the_published_cache_sizes(name, context, gigabytes, ratio
 
 def test_cache_bytes_follow_the_formula():
     for n in (1, 127, 128, 129, 1000):
-        row = kv_bytes(config("hysparse-80b-a3b"), n, 2)
+        row = kv_bytes(config("hysparse-80b-a3b"), n, "bf16")
         assert row["bytes"] == 2 * (5 * n + 44 * min(n, 128)) * 4 * 256
-        row = kv_bytes(config("hysparse2-80b-a3b"), n, 2)
+        row = kv_bytes(config("hysparse2-80b-a3b"), n, "bf16")
         assert row["bytes"] == 2 * (5 * n + 24 * min(n, 128)) * 512
 
 

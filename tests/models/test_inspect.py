@@ -24,14 +24,16 @@ def flash():
 
 @pytest.mark.parametrize("dtype", KV_BYTES)
 def test_cache_bytes_follow_the_formula(flash, dtype):
-    # 9 full layers keep 4 x (192 + 128) numbers per token, 39 sliding ones 8 x (192 + 128) in their window.
+    # 9 full layers keep 4 x (192 + 128) numbers per token, 39 sliding ones 8 x (192 + 128) in their window;
+    # int8 rows also two float32 scales per head.
     e = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}[dtype]
+    full, sliding = (heads * (320 * e + (8 if dtype == "int8" else 0)) for heads in (4, 8))
     contexts = [1, 128, 129, 130, 4096, 262144]
     for row in describe(flash, contexts=contexts, kv_dtype=dtype)["kv"]:
         n = row["context"]
-        assert row["bytes"] == e * (9 * n * 1280 + 39 * min(n, 129) * 2560)
-        assert row["mtp_bytes"] == e * 3 * min(n, 129) * 2560
-        assert row["all_full_bytes"] == e * 48 * n * 1280
+        assert row["bytes"] == 9 * n * full + 39 * min(n, 129) * sliding
+        assert row["mtp_bytes"] == 3 * min(n, 129) * sliding
+        assert row["all_full_bytes"] == 48 * n * full
         assert row["ratio"] == row["all_full_bytes"] / row["bytes"]
 
 
@@ -43,9 +45,10 @@ def test_published_savings_hold_for_either_reading_of_the_window(flash):
         preset("mimo-v2-flash") | {"sliding_window": 127, "sliding_window_size": 127}
     )
     assert narrow.layers()[1].window == 128
-    assert [round(kv_bytes(narrow, n, 2)["ratio"], 2) for n in contexts] == [4.20, 5.16, 5.29, 5.31]
-    assert [round(kv_bytes(flash.config, n, 2)["ratio"], 2) for n in contexts] == [4.19, 5.16, 5.29, 5.31]
-    assert round(kv_bytes(flash.config, 262144, 2)["bytes"] / 2**30, 2) == 5.65
+    assert [round(kv_bytes(narrow, n, "bf16")["ratio"], 2) for n in contexts] == [4.20, 5.16, 5.29, 5.31]
+    ours = [round(kv_bytes(flash.config, n, "bf16")["ratio"], 2) for n in contexts]
+    assert ours == [4.19, 5.16, 5.29, 5.31]
+    assert round(kv_bytes(flash.config, 262144, "bf16")["bytes"] / 2**30, 2) == 5.65
 
 
 def test_equal_layers_are_folded(flash):

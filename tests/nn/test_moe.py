@@ -131,6 +131,11 @@ def test_replaying_its_own_choice_is_the_identity():
     assert torch.equal(out, elsewhere)
 
 
+def differing(a, b):
+    """Tokens whose rows differ by more than rounding: a product's rounding may depend on its other rows."""
+    return (~torch.isclose(a, b, rtol=1e-5, atol=1e-6)).any(-1).nonzero().flatten().tolist()
+
+
 def test_a_flipped_mask_changes_that_token_and_no_other():
     layer, x = make(), rows(11)
     out, links = run(layer, x)
@@ -138,8 +143,7 @@ def test_a_flipped_mask_changes_that_token_and_no_other():
     unused = next(e for e in range(E) if e not in forced[4].tolist())
     forced[4, 0] = unused
     changed, links = run(layer, x, LayerLinks(forced_router_ids={3: forced}))
-    differs = (changed != out).any(-1)
-    assert differs.nonzero().flatten().tolist() == [4]
+    assert differing(changed, out) == [4]
     scores = layer.gate.scores(x)[4]
     chosen = forced[4]
     weights = scores[chosen] / scores[chosen].sum()
@@ -155,7 +159,7 @@ def test_rows_of_minus_one_choose_freely():
     assert torch.equal(run(layer, x, LayerLinks(forced_router_ids={3: forced}))[0], out)
     forced[2] = (links.router_ids[3][2] + 1) % E
     changed, _ = run(layer, x, LayerLinks(forced_router_ids={3: forced}))
-    assert (changed != out).any(-1).nonzero().flatten().tolist() == [2]
+    assert differing(changed, out) == [2]
 
 
 def test_the_router_learns_through_the_chosen_experts_only():

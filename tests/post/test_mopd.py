@@ -11,13 +11,15 @@ from sateen.config import RunConfig, Silent, StageContext, stage_function
 from sateen.data.tasks import Sums
 from sateen.engine.engine import LLM
 from sateen.engine.request import SamplingParams
-from sateen.errors import ConfigError
-from sateen.post.mopd import TeacherScores
+from sateen.errors import CheckpointError, ConfigError
+from sateen.post.mopd import TeacherScores, teacher_folder
+from sateen.post.rollouts.source import by_domain
 from sateen.post.types import Rollout
 from sateen.train.metrics import read_metrics
 
 SFT = {
     "stage": "sft",
+    "name": "start",
     "tokens": 8 * 512,
     "seq_len": 64,
     "tokens_per_batch": 512,
@@ -42,6 +44,7 @@ def recipe(folder: Path, seed: int = 0, **mopd) -> RunConfig:
         "prompts_per_batch": 4,
         "max_groups": 4,
         "outcome_weight": 0.0,
+        "teachers": {"one": "start", "two": "start"},
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0},
     }
     return RunConfig.model_validate(
@@ -152,20 +155,32 @@ def test_each_rollout_is_scored_by_its_own_teacher(starts):
         assert result.completion_ids == rollout.completion_ids
 
 
-@pytest.mark.parametrize(
-    ("teachers", "message"),
-    [
-        ({"one": "student"}, "no teacher for two"),
-        (
-            {"one": "student", "two": "student", "tow": "student"},
-            "unknown task source 'tow'; did you mean two",
+def test_a_word_means_the_earlier_stage_and_anything_else_a_path(starts, tmp_path):
+    folder = student(starts, tmp_path)
+    config = recipe(starts["texts"], teachers={"one": "start", "two": str(starts["teacher"])})
+    context = StageContext(config, config.stages[1], 1, folder, Silent())
+    assert teacher_folder(context, Path("start")) == folder / "stages" / "start"
+    assert teacher_folder(context, starts["teacher"]) == starts["teacher"]
+    (folder / "stages" / "start").rename(folder / "stages" / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"no stage left its model here \(there are: elsewhere\)"):
+        run(config, folder, 1)
+
+
+def test_metrics_speak_of_every_domain():
+    """Means over tokens, not over answers; a domain without a teacher has no divergence."""
+    rollouts = [
+        Rollout(
+            [1], [2, 3, 4], [-1.0, -2.0, -3.0], domain="a", reward=1.0, teacher_logprobs=[-2.0, -2.0, -2.0]
         ),
-    ],
-)
-def test_every_source_has_exactly_one_teacher(starts, tmp_path, teachers, message):
-    paths = {domain: str(starts[name]) for domain, name in teachers.items()}
-    with pytest.raises(ConfigError, match=message):
-        run(recipe(starts["texts"], teachers=paths), tmp_path / "run", 1)
+        Rollout([1], [2], [-1.0], domain="a", teacher_logprobs=[-4.0]),
+        Rollout([1], [2], [-1.0], domain="b", reward=1.0),
+    ]
+    assert by_domain(rollouts) == {
+        "reward_mean_a": 0.5,
+        "reverse_kl_a": pytest.approx((1 + 0 - 1 + 3) / 4),
+        "reward_mean_b": 1.0,
+    }
+    assert by_domain(rollouts[2:]) == {}
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(starts, tmp_path):

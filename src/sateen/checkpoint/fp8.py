@@ -8,18 +8,59 @@ rows, C columns, r and c rows and columns of scales.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sateen.errors import CheckpointError
 
 BLOCK = 128
+DTYPE = torch.bfloat16  # what weights become where nobody says: their activations' dtype in the release
 SUFFIX = "_scale_inv"
 LARGEST = 448.0  # of float8_e4m3fn: what the largest weight of a block is coded as
 LEAST_SHARE = 0.98  # of blocks that must reach it before a reading is believed (source: ours)
 
 
-def row_readings(num_rows: int, num_scale_rows: int, head_dim: int | None = None) -> dict[str, Tensor]:
+def is_fp8(raw: Mapping[str, Any], origin: str) -> bool:
+    """Whether a config.json says that weights are stored as FP8 blocks of the kind read here.
+
+    Raises:
+        CheckpointError: they are FP8 of another kind.
+    """
+    table = raw.get("quantization_config")
+    if not isinstance(table, Mapping) or table.get("quant_method") != "fp8":
+        return False
+    block, form = table.get("weight_block_size"), table.get("fmt", "e4m3")
+    if block is None or list(block) != [BLOCK, BLOCK] or form != "e4m3":
+        raise CheckpointError(
+            f"{origin}: quantization_config: FP8 weights with weight_block_size {block} and fmt {form!r} are "
+            f"not readable; readable: [{BLOCK}, {BLOCK}] and 'e4m3'"
+        )
+    return True
+
+
+def check_shapes(
+    name: str, codes_shape: Sequence[int], scale_shape: Sequence[int], head_dim: int | None
+) -> None:
+    """Refuses scales whose number does not fit the weight of this name.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    rows, columns = codes_shape
+    if len(scale_shape) != 2 or scale_shape[1] != -(-columns // BLOCK):
+        raise CheckpointError(
+            f"{name}: FP8 scales are {tuple(scale_shape)} for a weight of {tuple(codes_shape)}; "
+            f"{columns} columns need {-(-columns // BLOCK)}"
+        )
+    row_readings(name, rows, scale_shape[0], head_dim)
+
+
+def row_readings(
+    name: str, num_rows: int, num_scale_rows: int, head_dim: int | None = None
+) -> dict[str, Tensor]:
     """The ways to assign scale rows to weight rows, by name; int64 [R] each.
 
     `block`: every 128 rows, scale rows beyond the last block unused. `head`: the count restarts at every head
@@ -41,12 +82,13 @@ def row_readings(num_rows: int, num_scale_rows: int, head_dim: int | None = None
         readings["even"] = row // (num_rows // num_scale_rows)
     if not readings:
         raise CheckpointError(
-            f"{num_rows} rows have {num_scale_rows} rows of FP8 scales; blocks of {BLOCK} need {blocks}"
+            f"{name}: {num_rows} rows have {num_scale_rows} rows of FP8 scales; blocks of {BLOCK} need "
+            f"{blocks}"
         )
     return readings
 
 
-def choose_rows(codes_RC: Tensor, num_scale_rows: int, head_dim: int | None = None) -> Tensor:
+def choose_rows(name: str, codes_RC: Tensor, num_scale_rows: int, head_dim: int | None = None) -> Tensor:
     """The reading that the codes speak for, int64 [R].
 
     Each block was scaled so that its largest weight has the largest code. A reading that cuts blocks apart
@@ -56,7 +98,7 @@ def choose_rows(codes_RC: Tensor, num_scale_rows: int, head_dim: int | None = No
     Raises:
         CheckpointError: the codes speak for none, or for two alike.
     """
-    readings = row_readings(codes_RC.shape[0], num_scale_rows, head_dim)
+    readings = row_readings(name, codes_RC.shape[0], num_scale_rows, head_dim)
     if len(readings) == 1:
         return next(iter(readings.values()))
     shares = {name: _full_share(codes_RC, rows_R) for name, rows_R in readings.items()}
@@ -66,9 +108,9 @@ def choose_rows(codes_RC: Tensor, num_scale_rows: int, head_dim: int | None = No
     if len(chosen) != 1:
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         raise CheckpointError(
-            f"{num_scale_rows} rows of FP8 scales for {codes_RC.shape[0]} rows can be read in several ways "
-            f"and the codes do not tell which (blocks with a largest code: {listed}); dequantise the file "
-            "with its vendor's tool"
+            f"{name}: {num_scale_rows} rows of FP8 scales for {codes_RC.shape[0]} rows can be read in "
+            f"several ways and the codes do not tell which (blocks with a largest code: {listed}); "
+            "dequantise the file with its vendor's tool"
         )
     return readings[chosen[0]]
 
@@ -86,11 +128,12 @@ def _full_share(codes_RC: Tensor, rows_R: Tensor) -> float:
 
 
 def dequantize(
-    codes_RC: Tensor, scale_rc: Tensor, dtype: torch.dtype, *, head_dim: int | None = None
+    name: str, codes_RC: Tensor, scale_rc: Tensor, dtype: torch.dtype, *, head_dim: int | None = None
 ) -> Tensor:
     """The real weights [R, C] in `dtype`.
 
     Args:
+        name: of the weight in its file; errors begin with it.
         codes_RC: float8_e4m3fn.
         scale_rc: float scales; a block's real numbers are its codes times its scale.
         dtype: of the result; the product is formed in float32.
@@ -102,17 +145,14 @@ def dequantize(
     """
     if codes_RC.ndim != 2 or codes_RC.dtype != torch.float8_e4m3fn:
         raise CheckpointError(
-            f"FP8 weights are float8_e4m3fn matrices; got {codes_RC.dtype} {tuple(codes_RC.shape)}"
+            f"{name}: FP8 weights are float8_e4m3fn matrices; got {codes_RC.dtype} {tuple(codes_RC.shape)}"
         )
-    num_columns = codes_RC.shape[1]
-    if scale_rc.ndim != 2 or scale_rc.shape[1] != -(-num_columns // BLOCK):
-        raise CheckpointError(
-            f"FP8 scales are {tuple(scale_rc.shape)} for a weight of {tuple(codes_RC.shape)}; "
-            f"{num_columns} columns need {-(-num_columns // BLOCK)}"
-        )
-    rows_R = choose_rows(codes_RC, scale_rc.shape[0], head_dim)
+    check_shapes(name, codes_RC.shape, scale_rc.shape, head_dim)
+    rows_R = choose_rows(name, codes_RC, scale_rc.shape[0], head_dim)
     scale_rc = scale_rc.float()
     if not bool((scale_rc[rows_R.unique()] > 0).all()) or not bool(scale_rc.isfinite().all()):
-        raise CheckpointError("FP8 scales must be finite and above 0; the file is damaged: fetch it again")
-    scale_RC = scale_rc[rows_R].repeat_interleave(BLOCK, 1)[:, :num_columns]
+        raise CheckpointError(
+            f"{name}: FP8 scales must be finite and above 0; the file is damaged: fetch it again"
+        )
+    scale_RC = scale_rc[rows_R].repeat_interleave(BLOCK, 1)[:, : codes_RC.shape[1]]
     return (codes_RC.float() * scale_RC).to(dtype)

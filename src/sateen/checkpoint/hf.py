@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sateen.checkpoint import fp8
+from sateen.checkpoint.gguf import (
+    GGUFShard,
+    gguf_tensor_names,
+    is_gguf,
+    load_gguf_tokenizer,
+    read_gguf_config,
+)
 from sateen.errors import CheckpointError, ConfigError, nearest
 from sateen.models.base import Entry, ModelConfig, family
 from sateen.models.decoder import Decoder
 from sateen.models.presets import PRESETS
 from sateen.models.registry import preset
+from sateen.nn.attention import Attention
 from sateen.nn.moe import Router
+from sateen.nn.quant import PackedLinear
 
 log = logging.getLogger("sateen.checkpoint")
 
@@ -42,12 +52,16 @@ CARRIED = (
 
 
 def resolve(path: str | Path) -> Path:
-    """The model directory that `path` names: itself, or the last checkpoint of a run folder.
+    """What `path` names: a model directory, the last checkpoint of a run folder, or a GGUF file.
 
     Raises:
-        CheckpointError: neither a config.json nor a run folder's `model` is there.
+        CheckpointError: neither a config.json nor a run folder's `model` is there, nor the GGUF file.
     """
     folder = Path(path)
+    if is_gguf(folder):
+        if not folder.exists():
+            raise CheckpointError(f"{folder}: no such file")
+        return folder
     for candidate in (folder, folder / "model", folder / "hf"):
         if (candidate / "config.json").is_file():
             return candidate
@@ -60,7 +74,9 @@ def resolve(path: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The dictionary of a directory's config.json."""
+    """The dictionary of a directory's config.json, or what a GGUF file's metadata amount to."""
+    if folder.is_file():
+        return read_gguf_config(folder)
     try:
         raw = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -76,6 +92,8 @@ def shards(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: no tensors, a file the index names is missing, or a file is damaged.
     """
+    if folder.is_file():
+        return dict.fromkeys(gguf_tensor_names(folder), folder)
     if (folder / INDEX).is_file():
         try:
             weight_map = dict(json.loads((folder / INDEX).read_text())["weight_map"])
@@ -102,7 +120,9 @@ def shards(folder: Path) -> dict[str, Path]:
 
 
 def open_shard(file: Path) -> Any:
-    """An open safetensors file; a damaged one is a CheckpointError that names it."""
+    """An open safetensors or GGUF file; a damaged one is a CheckpointError that names it."""
+    if is_gguf(file):
+        return GGUFShard(file)
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -122,40 +142,64 @@ def parameter_entries(model: Decoder) -> Iterator[tuple[str, Tensor, Entry]]:
 
 
 def _float32_names(model: Decoder) -> set[str]:
-    """Router tensors stay in float32 whatever dtype is asked for (MiMo-V2-Flash §2.1)."""
-    routers = {name for name, module in model.named_modules() if isinstance(module, Router)}
-    return {f"{name}.{leaf}" for name in routers for leaf in ("weight", "e_score_correction_bias")}
+    """Routers (MiMo-V2-Flash §2.1) and the scales of packed weights stay float32, whatever is asked for."""
+    leaves = {Router: ("weight", "e_score_correction_bias"), PackedLinear: ("scales",)}
+    return {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        for kind, kept in leaves.items()
+        if isinstance(module, kind)
+        for leaf in kept
+    }
 
 
 def load(
     folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> Decoder:
-    """The model stored in `folder`.
+    """The model stored in `folder`, a directory or a GGUF file.
 
     Args:
-        dtype: of the parameters; None keeps each tensor's stored dtype. Routers stay float32.
+        dtype: of the parameters; None keeps each tensor's stored dtype. Two kinds of blocks cannot be kept:
+            a GGUF file becomes float32, which holds all of its values, and FP8 weights become bfloat16.
+            Routers stay float32.
         device: where parameters go; `meta` checks names and shapes without reading data.
 
     Raises:
         CheckpointError: unknown or missing tensors, wrong shapes, damaged files, unsupported dtypes.
     """
     where = shards(folder)
-    config = ModelConfig.from_hf(read_config(folder), tensor_names=where, origin=str(folder / "config.json"))
+    origin = folder if folder.is_file() else folder / "config.json"
+    raw = read_config(folder)
+    scales: dict[str, Path] = {}
+    if fp8.is_fp8(raw, str(origin)):
+        # What is loaded is not FP8 any more, and its config must not say so.
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+        scales = {name: where.pop(name) for name in [f"{key}{fp8.SUFFIX}" for key in where] if name in where}
+    config = ModelConfig.from_hf(raw, tensor_names=where, origin=str(origin))
     with torch.device("meta"):
-        model = Decoder(config)
-    places = {entry.name: (name, entry.index) for name, _, entry in parameter_entries(model)}
+        model = Decoder.build(config)
+    places = {entry.name: (name, entry) for name, _, entry in parameter_entries(model)}
     unknown = sorted(where.keys() - places.keys())
     if config.tie_word_embeddings and "lm_head.weight" in unknown:
         unknown.remove("lm_head.weight")  # some writers repeat the tied matrix
         where.pop("lm_head.weight")
     missing = sorted(places.keys() - where.keys())
     if unknown or missing:
-        raise CheckpointError(f"{folder}: {_mismatch(unknown, missing)}")
-    _fill(model, where, places, dtype, torch.device(device or "cpu"))
+        raise CheckpointError(f"{folder}: {mismatch(unknown, missing)}")
+    device = torch.device(device or "cpu")
+    if is_gguf(folder) and dtype is None:
+        dtype = torch.float32
+        if device.type != "meta":
+            log.info("%s: loaded as float32; ask for another dtype to round it", folder)
+    if scales and device.type != "meta":
+        log.info("%s: %d FP8 weights become %s", folder, len(scales), dtype or fp8.DTYPE)
+    _fill(model, where, places, dtype, device, scales)
     return model
 
 
-def _mismatch(unknown: list[str], missing: list[str]) -> str:
+def mismatch(unknown: list[str], missing: list[str]) -> str:
+    """One line that names the tensors a config does not account for and those it misses."""
+
     def some(names: list[str]) -> str:
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -171,9 +215,10 @@ def _mismatch(unknown: list[str], missing: list[str]) -> str:
 def _fill(
     model: Decoder,
     where: dict[str, Path],
-    places: dict[str, tuple[str, int | None]],
+    places: dict[str, tuple[str, Entry]],
     dtype: torch.dtype | None,
     device: torch.device,
+    scales: Mapping[str, Path],
 ) -> None:
     ours = model.state_dict(keep_vars=True)
     float32 = _float32_names(model)
@@ -186,32 +231,61 @@ def _fill(
                     f"{file}: {', '.join(absent[:5])} is not in this file, where {INDEX} has it"
                 )
             for key in keys:
-                name, index = places[key]
-                shape = ours[name].shape if index is None else ours[name].shape[1:]
-                view = shard.get_slice(key)
-                if tuple(view.get_shape()) != tuple(shape):
-                    raise CheckpointError(
-                        f"{file}: {key} has shape {tuple(view.get_shape())}, "
-                        f"the config asks for {tuple(shape)}"
-                    )
-                if view.get_dtype() not in ("F64", "F32", "BF16", "F16"):
-                    raise CheckpointError(
-                        f"{file}: {key} is {view.get_dtype()}; readable: F64, F32, BF16, F16"
-                    )
+                name, entry = places[key]
+                kept = torch.float32 if name in float32 else dtype
+                _check(file, shard, key, entry.part(ours[name]), key + fp8.SUFFIX in scales)
+                head_dim = head_dim_of(model, name)
                 if device.type == "meta":
+                    if key + fp8.SUFFIX in scales:
+                        fp8.check_shapes(key, *_shapes(shard, key, scales), head_dim)
                     continue
-                tensor = shard.get_tensor(key)
-                wanted = torch.float32 if name in float32 else dtype or tensor.dtype
-                if index is None:
-                    filled[name] = tensor.to(device, wanted)
+                tensor = _read(shard, key, kept, scales, head_dim)
+                if entry.is_whole:
+                    filled[name] = tensor.to(device)
                 else:
                     if name not in filled:
-                        filled[name] = torch.empty(ours[name].shape, dtype=wanted, device=device)
-                    filled[name][index].copy_(tensor)
+                        filled[name] = torch.empty(ours[name].shape, dtype=tensor.dtype, device=device)
+                    entry.part(filled[name]).copy_(tensor)
     if device.type != "meta":
         model.load_state_dict(filled, assign=True, strict=not model.config.tie_word_embeddings)
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def _check(file: Path, shard: Any, key: str, place: Tensor, is_fp8: bool) -> None:
+    view = shard.get_slice(key)
+    stored, shape = view.get_dtype(), tuple(view.get_shape())
+    if shape != tuple(place.shape):
+        raise CheckpointError(f"{file}: {key} has shape {shape}, the config asks for {tuple(place.shape)}")
+    is_packed = place.dtype == torch.uint8
+    readable = ("F8_E4M3",) if is_fp8 else ("U8",) if is_packed else ("F64", "F32", "BF16", "F16")
+    if stored not in readable:
+        raise CheckpointError(f"{file}: {key} is {stored}; readable: {', '.join(readable)}")
+
+
+def _read(
+    shard: Any, key: str, dtype: torch.dtype | None, scales: Mapping[str, Path], head_dim: int | None
+) -> Tensor:
+    tensor: Tensor = shard.get_tensor(key)
+    if key + fp8.SUFFIX in scales:
+        with open_shard(scales[key + fp8.SUFFIX]) as home:
+            scale = home.get_tensor(key + fp8.SUFFIX)
+        return fp8.dequantize(key, tensor, scale, dtype or fp8.DTYPE, head_dim=head_dim)
+    return tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
+
+
+def _shapes(shard: Any, key: str, scales: Mapping[str, Path]) -> tuple[list[int], list[int]]:
+    with open_shard(scales[key + fp8.SUFFIX]) as home:
+        return shard.get_slice(key).get_shape(), home.get_slice(key + fp8.SUFFIX).get_shape()
+
+
+def head_dim_of(model: Decoder, name: str) -> int | None:
+    """Rows of one head in a projection of queries, keys or values; None for every other parameter."""
+    owner, _, leaf = name.removesuffix(".weight").rpartition(".")
+    attention = model.get_submodule(owner) if leaf in ("q_proj", "k_proj", "v_proj") else None
+    if not isinstance(attention, Attention):
+        return None
+    return attention.spec.v_head_dim if leaf == "v_proj" else attention.spec.head_dim
 
 
 def load_model(
@@ -220,12 +294,12 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Decoder:
-    """A model from a directory, a run folder's last checkpoint, or a preset with fresh weights (seed 0).
+    """A model from a directory, a run folder's last checkpoint, a GGUF file, or a preset with fresh weights.
 
     Args:
-        path_or_preset: what to load.
-        dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the stored ones (presets:
-            float32).
+        path_or_preset: what to load; fresh weights have seed 0.
+        dtype: `float32`, `bfloat16`, `float16` or a torch dtype; None keeps the stored ones (presets and
+            GGUF files: float32; FP8 weights: bfloat16).
         device: torch device; `meta` builds without data.
 
     Raises:
@@ -247,7 +321,7 @@ def load_model(
 def _from_preset(name: str, dtype: torch.dtype, device: torch.device) -> Decoder:
     config = ModelConfig.from_hf(preset(name), origin=f"preset {name}")
     with torch.device("meta"):
-        model = Decoder(config).to(dtype)
+        model = Decoder.build(config).to(dtype)
     if device.type == "meta":
         return model
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -284,27 +358,29 @@ def save(model: Decoder, folder: str | Path, *, carry_from: str | Path | None = 
 
     Args:
         folder: replaced once the new one is complete, if it exists and holds a model or nothing.
-        carry_from: directory whose `CARRIED` files (tokenizer, template) come along; the model's own
-            source if None.
+        carry_from: directory whose `CARRIED` files (tokenizer, template) come along, or a GGUF file whose
+            metadata become such files; the model's own source if None.
 
     Raises:
         CheckpointError: `folder` holds something else, which replacing would delete.
     """
-    folder = Path(folder).resolve()
-    if (
-        folder.exists()
-        and not (folder / "config.json").is_file()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
-        raise CheckpointError(
-            f"{folder}: exists and is not a model directory; name another place, or remove it first"
-        )
+    replace_folder(Path(folder), lambda fresh: write_files(model, fresh, carry_from=carry_from))
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a new folder, then puts that in the place of `folder`, so that no half is ever there.
+
+    Raises:
+        CheckpointError: see `refuse_foreign`.
+    """
+    folder = folder.resolve()
+    refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
-        write_files(model, fresh, carry_from=carry_from)
+        write(fresh)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -322,12 +398,28 @@ def save(model: Decoder, folder: str | Path, *, carry_from: str | Path | None = 
         fresh.rename(folder)
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Nothing where `save` may write.
+
+    Raises:
+        CheckpointError: `folder` holds something that is no model, which replacing would delete.
+    """
+    if (
+        folder.exists()
+        and not (folder / "config.json").is_file()
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
+        raise CheckpointError(
+            f"{folder}: exists and is not a model directory; name another place, or remove it first"
+        )
+
+
 def write_files(model: Decoder, folder: Path, *, carry_from: str | Path | None = None) -> None:
     """The files of `save`, straight into `folder`; for callers that have their own atomic directory."""
     groups: list[dict[str, Tensor]] = [{}]
     size = 0
     for _, tensor, entry in parameter_entries(model):
-        part = (tensor if entry.index is None else tensor[entry.index]).detach().cpu().contiguous()
+        part = entry.part(tensor).detach().cpu().contiguous()
         nbytes = part.numel() * part.element_size()
         if size and size + nbytes > SHARD_BYTES:
             groups.append({})
@@ -347,7 +439,11 @@ def write_files(model: Decoder, folder: Path, *, carry_from: str | Path | None =
         (folder / INDEX).write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(_config_of(model), indent=2) + "\n")
     source = carry_from or model.source
-    if source is not None:
+    if is_gguf(source):
+        tokenizer = load_gguf_tokenizer(Path(str(source)))
+        if tokenizer is not None:
+            tokenizer.save(folder)
+    elif source is not None:
         for file_path in (file for pattern in CARRIED for file in Path(source).glob(pattern)):
             shutil.copyfile(file_path, folder / file_path.name)
 

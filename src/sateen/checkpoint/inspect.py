@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sateen.checkpoint.hf import load_model, open_shard, shards
+from sateen.checkpoint.gguf import gguf_bytes, is_gguf
+from sateen.checkpoint.hf import load_model, open_shard, parameter_entries, shards
+from sateen.models.decoder import Decoder
 from sateen.models.inspect import describe
+from sateen.models.quant_config import write_quant
+from sateen.models.quantize import linear_bytes
+from sateen.nn.quant import QuantLinear
 
-ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
 def main(model: str, *, context: Sequence[int] = (), kv_dtype: str = "auto", json: bool = False) -> int:
@@ -33,7 +38,11 @@ def main(model: str, *, context: Sequence[int] = (), kv_dtype: str = "auto", jso
 
 
 def inspect(model: str | Path, *, context: Sequence[int] = (), kv_dtype: str = "auto") -> dict[str, Any]:
-    """`models.inspect.describe` plus `weight_bytes`: dtype -> bytes as stored (presets: as float32)."""
+    """`models.inspect.describe`, `weight_bytes`: dtype -> bytes as stored (presets: as float32), and `quant`.
+
+    `quant` is None, or the method, its settings and what its linear layers hold: `layers`, `weights` (real
+    parameters) and `bytes` as stored.
+    """
     built = load_model(model, device="meta")
     if built.source is None:
         tensors = {id(tensor): tensor for tensor in built.state_dict(keep_vars=True).values()}
@@ -41,20 +50,47 @@ def inspect(model: str | Path, *, context: Sequence[int] = (), kv_dtype: str = "
     else:
         weights = stored_bytes(built.source)
     found = describe(built, contexts=context, kv_dtype=kv_dtype)
-    return {"model": str(model)} | found | {"weight_bytes": weights}
+    return {"model": str(model)} | found | {"weight_bytes": weights, "quant": _quant(built)}
 
 
 def stored_bytes(folder: Path) -> dict[str, int]:
     """Bytes of a directory's tensors by their stored dtype, from the headers of its files."""
     total: dict[str, int] = {}
+    for dtype, size in _tensor_bytes(folder).values():
+        total[dtype] = total.get(dtype, 0) + size
+    return total
+
+
+def _tensor_bytes(folder: Path) -> dict[str, tuple[str, int]]:
+    """Tensor name -> its stored dtype and bytes."""
+    if is_gguf(folder):
+        return gguf_bytes(folder)
+    found: dict[str, tuple[str, int]] = {}
     homes = shards(folder)
     for file in sorted(set(homes.values())):
         with open_shard(file) as shard:
             for name in (key for key, home in homes.items() if home == file):
                 part = shard.get_slice(name)
-                size = math.prod(part.get_shape()) * ELEMENT_BYTES[part.get_dtype()]
-                total[part.get_dtype()] = total.get(part.get_dtype(), 0) + size
-    return total
+                dtype = part.get_dtype()
+                found[name] = dtype, math.prod(part.get_shape()) * ELEMENT_BYTES[dtype]
+    return found
+
+
+def _quant(built: Decoder) -> dict[str, Any] | None:
+    spec = built.config.quant
+    if spec is None:
+        return None
+    found = write_quant(spec) | linear_bytes(built)
+    if built.source is not None:
+        # Built without data, masters do not know their stored dtype; the files do.
+        sizes = _tensor_bytes(built.source)
+        layers = {name for name, module in built.named_modules() if isinstance(module, QuantLinear)}
+        found["bytes"] = sum(
+            sizes[entry.name][1]
+            for name, _, entry in parameter_entries(built)
+            if name.rpartition(".")[0] in layers and not name.endswith(".bias")
+        )
+    return found
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -85,6 +121,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"parameters  {_billions(counts['total'])}, of which {_billions(counts['active'])} active per token"
         + (f"; MTP heads {_billions(counts['mtp'])}" if counts["mtp"] else ""),
         f"weights     {_bytes(sum(weights.values()))} ({kinds})",
+        *([] if found["quant"] is None else [_quant_line(found["quant"])]),
         "",
         f"cache of one sequence in {found['kv_dtype']}; a ring layer holds its window and no more",
         *_table(
@@ -109,6 +146,16 @@ def lines(found: dict[str, Any]) -> list[str]:
         ),
     ]
     return out + (["", *(f"note: {trap}" for trap in found["traps"])] if found["traps"] else [])
+
+
+def _quant_line(quant: dict[str, Any]) -> str:
+    stages = f", {quant['stages']} stages" if quant["stages"] > 1 else ""
+    form = "packed" if quant["packed"] else "masters"
+    return (
+        f"two-bit     {quant['quant_method']}{stages}, {quant['activations']} activations, {form}: "
+        f"{quant['layers']} layers with {_billions(quant['weights'])} weights in {_bytes(quant['bytes'])}, "
+        f"{8 * quant['bytes'] / quant['weights']:.2f} bits each"
+    )
 
 
 def _layer_rows(found: dict[str, Any]) -> list[dict[str, Any]]:

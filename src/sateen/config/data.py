@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sateen.config.base import Config, FilePath, Fraction, NonNegative, Positive, one_of, problem
+from sateen.config.base import Config, FilePath, Fraction, NonNegative, Positive, Rate, one_of, problem
 
 
 class ModelSource(Config):
@@ -116,9 +116,27 @@ class ChatTaskSource(TaskSource):
     kind: Literal["chat_task"] = "chat_task"  # type: ignore[assignment]
 
 
+class SpeechSource(Source):
+    """Recorded speech with transcripts; text stages read the transcripts.
+
+    Attributes:
+        path: a corpus as `sateen data speech` makes it.
+        languages: which languages are used; all when empty.
+        max_seconds: longer clips are left out.
+        heldout_share: share of the prompts kept for evaluation, in every language (source: ours).
+    """
+
+    kind: Literal["speech"] = "speech"
+    path: FilePath
+    languages: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    max_seconds: Rate = 30.0
+    heldout_share: Fraction = 0.1
+
+
 SOURCES: dict[str, type[Source]] = {
     "chat_task": ChatTaskSource,
     "python_docs": PythonDocsSource,
+    "speech": SpeechSource,
     "task": TaskSource,
     "text_dir": TextDirSource,
 }

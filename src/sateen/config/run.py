@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sateen.config.base import Config, Count, problem
 from sateen.config.data import AnySource, ModelSource, TokenizerConfig
-from sateen.config.stages import AnyStage, StageConfig
+from sateen.config.stages import AnyStage, MOPDConfig, StageConfig
 from sateen.errors import unknown_name
 
 
@@ -52,7 +52,24 @@ class RunConfig(Config):
                 raise problem(message, "stages", index, "start_from")
             if not any(self.source_weights(stage).values()):
                 raise problem("has no source with a weight above 0", "stages", index)
+            if isinstance(stage, MOPDConfig):
+                self._check_teachers(stage, index, earlier)
         return self
+
+    def _check_teachers(self, stage: MOPDConfig, index: int, earlier: list[str]) -> None:
+        """Every source has one teacher; a single word names an earlier stage, or is a path that exists."""
+        domains = [name for name, weight in self.source_weights(stage).items() if weight]
+        for domain, teacher in stage.teachers.items():
+            place = ("stages", index, "teachers", domain)
+            if domain not in domains:
+                raise problem(f"has no such source: {unknown_name('source', domain, domains)}", *place)
+            if len(teacher.parts) == 1 and str(teacher) not in earlier and not teacher.exists():
+                known = unknown_name("stage", str(teacher), earlier)
+                raise problem(f"is neither an earlier stage nor a path that exists: {known}", *place)
+        missing = [domain for domain in domains if domain not in stage.teachers]
+        if missing:
+            message = f"has none for {', '.join(missing)}; every source of the stage needs one"
+            raise problem(message, "stages", index, "teachers")
 
     def source_weights(self, stage: StageConfig) -> dict[str, float]:
         """Source name -> weight in a stage: the stage's own, or each source's where it gives none."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 from pydantic import Field, model_validator
 
 from sateen.config.base import Config, Count, FilePath, Fraction, NonNegative, Positive, Rate, one_of, problem
+from sateen.config.data import ModelSource
 from sateen.config.optim import (
     AdamWConfig,
     ConstantSchedule,
@@ -160,6 +161,32 @@ class MTPConfig(StageConfig):
         return self
 
 
+class QATConfig(StageConfig):
+    """Training through two-bit weights: masters in full precision, quantised in every forward.
+
+    Rate, moments, decay and clipping are those of Fairy2i's published code (arXiv 2512.02901,
+    PKULab1806/Fairy2i-W2). Its schedule falls in two steps to a thirtieth; one cosine to there is ours.
+
+    Attributes:
+        method: `fairy2i`, `ternary` (BitNet b1.58) and `int2` for real models, `phase` (Fairy±i) for
+            complex ones.
+        num_stages: of `fairy2i`, bits per weight of the linear layers (Fairy2i: 2); the other methods have 1.
+        activations: `int8` per token, `float`, or `auto`: floats for `fairy2i`, int8 for the others, as in
+            their papers.
+        skip: dotted pieces of names of modules that stay as they are.
+        model: directory of the model to start from, in place of what the stages before trained.
+    """
+
+    stage: Literal["qat"] = "qat"
+    method: Literal["phase", "fairy2i", "ternary", "int2"] = "fairy2i"
+    num_stages: Annotated[int, Field(ge=1, le=8)] = 2
+    activations: Literal["auto", "int8", "float"] = "auto"
+    skip: Annotated[tuple[str, ...], Field(strict=False)] = ("lm_head",)
+    model: FilePath | None = None
+    optimizer: OptimizerConfig = AdamWConfig(learning_rate=3e-5, weight_decay=0.0, clip_norm=2.0)
+    schedule: ScheduleConfig = CosineSchedule(final_fraction=1 / 30)
+
+
 class RLConfig(StageConfig):
     """Reinforcement learning on verifiable tasks, as in MiMo-7B §3.3: GRPO without a reference model.
 
@@ -177,6 +204,8 @@ class RLConfig(StageConfig):
         filter_metric: `acc` drops groups that are all right or all wrong, `reward` those of equal rewards.
         easy_probability: of drawing a prompt that was answered in full before (MiMo-7B §3.3.2).
         max_groups: groups in work at once (source: ours).
+        replay_routing: train each token through the experts that the sampler chose for it, weighted by the
+            trained router (MiMo-V2-Flash §4.6); changes nothing in models without experts.
     """
 
     stage: Literal["rl"] = "rl"
@@ -190,6 +219,7 @@ class RLConfig(StageConfig):
     filter_metric: Literal["acc", "reward"] = "acc"
     easy_probability: Fraction = 0.1
     max_groups: Positive = 24
+    replay_routing: bool = True
     optimizer: OptimizerConfig = AdamWConfig(learning_rate=1e-6)
     losses: LossesConfig = LossesConfig(mtp_weight=0.0, balance_weight=0.0, router_bias_update_rate=0.0)
 
@@ -198,7 +228,8 @@ class MOPDConfig(RLConfig):
     """Multi-teacher on-policy distillation (MiMo-V2-Flash §4.4): every source has one teacher.
 
     Attributes:
-        teachers: task source -> its teacher, a run folder or model directory of the same tokenizer.
+        teachers: task source -> its teacher: name of an earlier stage of the run, or a run folder or model
+            directory of the same tokenizer. Every source of the stage has one.
         band: ratios of trainer to sampler probability that are kept (source: ours).
         outcome_weight: weight of the outcome advantage beside the teacher's log-ratio (source: ours).
         logratio_clip: bound of the teacher's log-ratio; 0, as in the report, for none.
@@ -216,6 +247,96 @@ class MOPDConfig(RLConfig):
     easy_probability: Fraction = 0.0
 
 
+class AudioTokenizerStageConfig(StageConfig):
+    """Trains an audio tokenizer from nothing (MiMo-Audio §2.1.2, stage 1); the adversarial stage 2 is not in.
+
+    The budget counts frames of the tokenizer, 25 a second: `seq_len` is the length of a crop, and a batch
+    holds `tokens_per_batch / seq_len` of them. Optimizer, schedule and what is marked ours are not in the
+    report.
+
+    Attributes:
+        tokenizer: the tokenizer's shape, by preset or config.json.
+        reconstruction_weight: of the distance between mel spectrograms (report: 1).
+        commitment_weight: of the distance between vectors and their codes (report: 1).
+        text_weight: of reading a crop's transcript from its quantised vectors (report: 10); 0 leaves the
+            reader out. Only crops that hold a whole clip have a transcript.
+        text_layers: of that reader, a causal transformer over bytes (source: ours).
+        num_mels: channels of each scale of the reconstruction loss; window and hop are `mel_windows` and half
+            of it (report: 32, 64, 128 mels; 240, 480 and 960 samples at 24 kHz).
+        stage_dropout: probability of training a step on the first few codebooks only (source: ours).
+        unquantized_tokens: budget during which vectors pass unquantised, before codebooks are made of them
+            (source: ours; the report makes them of the first batch).
+    """
+
+    stage: Literal["audio_tokenizer"] = "audio_tokenizer"
+    tokenizer: ModelSource = ModelSource(preset="mimo-audio-tokenizer-mini")
+    reconstruction_weight: Rate = 1.0
+    commitment_weight: NonNegative = 1.0
+    text_weight: NonNegative = 10.0
+    text_layers: Positive = 2
+    num_mels: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (32, 64, 80)
+    mel_windows: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (160, 320, 640)
+    stage_dropout: Fraction = 0.5
+    unquantized_tokens: Count = 0
+    seq_len: Positive = 50
+    tokens_per_batch: Positive = 400
+    optimizer: OptimizerConfig = AdamWConfig(learning_rate=3e-4, betas=(0.8, 0.99), weight_decay=0.01)
+    schedule: ScheduleConfig = CosineSchedule()
+
+    @model_validator(mode="after")
+    def _whole_crops(self) -> AudioTokenizerStageConfig:
+        if self.micro_batches != 1:
+            raise problem(
+                f"= {self.micro_batches} would move the codebooks more than once per step; give 1",
+                "micro_batches",
+            )
+        if self.tokens_per_batch % self.seq_len:
+            raise problem(
+                f"= {self.tokens_per_batch} is no whole number of crops of seq_len = {self.seq_len} frames",
+                "tokens_per_batch",
+            )
+        if len(self.num_mels) != len(self.mel_windows):
+            raise problem(
+                f"has {len(self.mel_windows)} entries for {len(self.num_mels)} of num_mels", "mel_windows"
+            )
+        return self
+
+
+class AudioLMStageConfig(StageConfig):
+    """Trains an audio language model on codes of the audio tokenizer that the stage before it made.
+
+    The budget counts positions: text tokens and patches of 4 frames. The model's shape is the run's `model`.
+    Task shares and learning rates are ours; the loss weights are those of MiMo-Audio §3.2.
+
+    Attributes:
+        tasks: kind of document -> its share: `continuation` is speech alone, `asr` speech, then its text, and
+            `tts` text, then its speech with the text between.
+        patches_per_batch: patches of a batch that the patch decoder learns from, drawn at random; 0 for all.
+            Changes the cost, not what the loss estimates.
+        text_chunk, patch_chunk: text tokens and patches that take turns in spoken answers.
+    """
+
+    stage: Literal["audio_lm"] = "audio_lm"
+    tasks: dict[Literal["continuation", "asr", "tts"], NonNegative] = Field(
+        default={"continuation": 0.5, "asr": 0.25, "tts": 0.25}
+    )
+    patches_per_batch: Count = 256
+    text_chunk: Positive = 5
+    patch_chunk: Positive = 5
+    seq_len: Positive = 384
+    tokens_per_batch: Positive = 1024
+    optimizer: OptimizerConfig = AdamWConfig(learning_rate=1e-3)
+    schedule: ScheduleConfig = CosineSchedule()
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> AudioLMStageConfig:
+        if self.micro_batches != 1:
+            raise problem(f"= {self.micro_batches}: audio batches are not split; give 1", "micro_batches")
+        if not any(self.tasks.values()):
+            raise problem("has no task with a weight above 0", "tasks")
+        return self
+
+
 class Stage(NamedTuple):
     """A row of `STAGES`: the function as `module:function`, and its settings class."""
 
@@ -227,8 +348,11 @@ STAGES: dict[str, Stage] = {
     "pretrain": Stage("sateen.train.pretrain:pretrain", PretrainConfig),
     "sft": Stage("sateen.train.sft:sft", SFTConfig),
     "mtp": Stage("sateen.train.mtp:mtp", MTPConfig),
+    "qat": Stage("sateen.train.qat:qat", QATConfig),
     "rl": Stage("sateen.post.rl:rl", RLConfig),
     "mopd": Stage("sateen.post.mopd:mopd", MOPDConfig),
+    "audio_tokenizer": Stage("sateen.train.audio_tokenizer:audio_tokenizer", AudioTokenizerStageConfig),
+    "audio_lm": Stage("sateen.train.audio_lm:audio_lm", AudioLMStageConfig),
 }
 
 

@@ -1,4 +1,4 @@
-"""Small tasks whose answers a program can check: sums with written steps, and recall over a distance.
+"""Small tasks whose answers a program can check: sums with steps, sorting, reversing, recall over a distance.
 
 Pre-training mixes their examples in, post-training rewards answers to them and evaluation counts them. A task
 draws examples from the generator it is given, so a seed decides everything.
@@ -7,6 +7,7 @@ draws examples from the generator it is given, so a seed decides everything.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -68,6 +69,12 @@ def task_class(name: str) -> type[Task]:
     return Task.registry[name]
 
 
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a question belongs to the `share` that training never sees; its hash decides, no list does."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
 class Sums(Task, name="sums"):
     """Sums of two numbers, written column by column from the right: `47+85=` -> `7+5=12,4+8+1=13,132`.
 
@@ -96,8 +103,7 @@ class Sums(Task, name="sums"):
 
     def holds_out(self, a: int, b: int) -> bool:
         """Whether training never sees this pair of operands, in either order."""
-        digest = hashlib.sha256(f"{min(a, b)}+{max(a, b)}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.heldout_share * 2**64
+        return is_held_out(f"{min(a, b)}+{max(a, b)}", self.heldout_share)
 
     def sample(self, rng: random.Random) -> Example:
         low, high = 10 ** (self.num_digits - 1), 10**self.num_digits
@@ -123,6 +129,69 @@ class Sums(Task, name="sums"):
     def check(self, output_text: str, example: Example) -> bool:
         """Whether the last of the comma-separated steps is the sum; the steps themselves are not judged."""
         return output_text.strip().split(",")[-1].strip() == example.answer
+
+
+class _Digits(Task):
+    """The task's name and a row of digits, `NAME 40317=`; the answer is those digits in another order.
+
+    Attributes:
+        is_heldout: examples come from the rows that training never sees, instead of the others.
+        num_digits: length of the row.
+        heldout_share: share of the rows that are held out.
+        chance: of writing the row's digits in a random order.
+    """
+
+    def __init__(self, *, is_heldout: bool = False, num_digits: int = 8, heldout_share: float = 0.2):
+        if num_digits < 2 or not 0 <= heldout_share < 1 or (is_heldout and heldout_share == 0):
+            raise ConfigError(
+                f"{self.name}: num_digits {num_digits} must be at least 2, heldout_share {heldout_share} "
+                "below 1 and above 0 to draw held-out rows"
+            )
+        self.is_heldout = is_heldout
+        self.num_digits = num_digits
+        self.heldout_share = heldout_share
+        # A row's digits in a random order are any given order of it as often as a random row is ascending.
+        self.chance = math.comb(num_digits + 9, 9) / 10**num_digits
+
+    def arranged(self, digits: str) -> str:
+        """The answer for these digits."""
+        raise NotImplementedError
+
+    def holds_out(self, digits: str) -> bool:
+        """Whether training never sees this row."""
+        return is_held_out(f"{self.name} {self.arranged(digits)}", self.heldout_share)
+
+    def sample(self, rng: random.Random) -> Example:
+        while True:
+            digits = "".join(rng.choice(string.digits) for _ in range(self.num_digits))
+            if self.holds_out(digits) == self.is_heldout:
+                return self.example(digits)
+
+    def example(self, digits: str) -> Example:
+        """The question for these digits."""
+        answer = self.arranged(digits)
+        return Example(f"{self.name} {digits}=", answer, answer)
+
+    def check(self, output_text: str, example: Example) -> bool:
+        """Whether the whole completion is the answer."""
+        return output_text.strip() == example.answer
+
+
+class Sort(_Digits, name="sort"):
+    """Digits in ascending order: `sort 40317=` -> `01347`.
+
+    The hash is that of the answer, so that of a held-out row no other order is trained on either.
+    """
+
+    def arranged(self, digits: str) -> str:
+        return "".join(sorted(digits))
+
+
+class Reverse(_Digits, name="reverse"):
+    """Digits from the last to the first: `reverse 40317=` -> `71304`."""
+
+    def arranged(self, digits: str) -> str:
+        return digits[::-1]
 
 
 class Recall(Task, name="recall"):

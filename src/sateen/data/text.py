@@ -190,10 +190,14 @@ def split_heldout(
     train: list[Document] = []
     heldout: list[Document] = []
     for document in documents:
-        digest = hashlib.sha256(document.name.encode()).digest()
-        is_heldout = int.from_bytes(digest[:8], "big") < share * 2**64
-        (heldout if is_heldout else train).append(document)
+        (heldout if is_held_out(document.name, share) else train).append(document)
     return train, heldout
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether what has this name is kept for evaluation; about `share` of all names are."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def text_dir(

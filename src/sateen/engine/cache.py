@@ -80,6 +80,7 @@ class KVCache:
         num_pages: pages of `PAGE` tokens in each paged layer.
         num_slots: sequences that fit at once.
         num_draft: rejected tokens a ring must survive, per sequence.
+        has_pages: some layer keeps all rows, so contexts take pages.
         dtype: of the rows; int8 rows come with scales.
         attention: `auto` reads rows as floats, `int8` computes with integers.
     """
@@ -115,6 +116,7 @@ class KVCache:
                     self.sources[index, layout.name] = layout.source
                 else:
                     self.pools[index, layout.name] = self._pool(index, layout)
+        self.has_pages = any(pool.ring_rows == 0 for pool in self.pools.values())
         self._free_pages = list(range(num_pages))  # a heap: low pages first keeps a lone sequence contiguous
         self._free_slots = list(range(num_slots))
 
@@ -134,11 +136,6 @@ class KVCache:
         k_scale, v_scale = (torch.zeros(*shape, device=self.device) for _ in range(2))
         mean = torch.zeros(self.num_slots, layout.num_kv_heads, layout.head_dim, device=self.device)
         return Pool(layout, k, v, ring, Scales(k_scale, v_scale, mean))
-
-    @property
-    def has_pages(self) -> bool:
-        """Some layer keeps all rows, so contexts take pages."""
-        return any(pool.ring_rows == 0 for pool in self.pools.values())
 
     @property
     def num_free_pages(self) -> int:
@@ -161,6 +158,8 @@ class KVCache:
 
     def reserve(self, entry: CacheEntry, length: int) -> bool:
         """Takes the pages that `length` tokens need; False, and nothing changes, when too few are free."""
+        if length <= len(entry.rows):
+            return True
         missing = self.pages_for(length) - len(entry.pages)
         if missing > len(self._free_pages):
             return False
@@ -179,6 +178,8 @@ class KVCache:
         assert length <= entry.length
         entry.length = length
         keep = self.pages_for(length)
+        if keep == len(entry.pages):
+            return
         for page in entry.pages[keep:]:
             heapq.heappush(self._free_pages, page)
         del entry.pages[keep:]
@@ -239,6 +240,5 @@ def page_bytes(layouts: Sequence[tuple[KVLayout, ...]], dtype: torch.dtype) -> i
 
 
 def row_bytes(layout: KVLayout, dtype: torch.dtype) -> int:
-    """Bytes of one row: its numbers, and for int8 two float32 scales per head."""
-    scales = 8 * layout.num_kv_heads if dtype == torch.int8 and layout.kind != "shared" else 0
-    return layout.row_elements * dtype.itemsize + scales
+    """Bytes of one row in this dtype."""
+    return layout.row_bytes(dtype.itemsize, is_scaled=dtype == torch.int8)

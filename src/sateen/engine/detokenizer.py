@@ -23,14 +23,10 @@ class TextTokenizer(Protocol):
 
 
 class Detokenizer:
-    """The growing text of one request.
-
-    Attributes:
-        text: what is decoded so far, cut before a stop string.
-    """
+    """The growing text of one request, decoded when somebody looks; at once where stop strings may end it."""
 
     def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
-        self.text = ""
+        self._text = ""
         self._tokenizer = tokenizer
         self._stop = stop
         self._hold = max((len(s) for s in stop), default=1) - 1
@@ -42,6 +38,12 @@ class Detokenizer:
     def push(self, token: int) -> str | None:
         """Adds a token; returns the stop string that now stands in the text, if one does."""
         self._ids.append(token)
+        return self._advance() if self._stop else None
+
+    def _advance(self) -> str | None:
+        """Moves what became whole characters into the text."""
+        if self._is_final or self._shown == len(self._ids):
+            return None
         # Decoding a little context before the new token and cutting it off again keeps bytes that make a
         # character only together, and spaces that depend on the token before.
         before = self._decode(self._ids[self._begin : self._shown])
@@ -57,6 +59,12 @@ class Detokenizer:
             self._add(self._decode(self._ids[self._begin :])[len(before) :])
         self._is_final = True
 
+    @property
+    def text(self) -> str:
+        """What is decoded so far, cut before a stop string."""
+        self._advance()
+        return self._text
+
     def sendable(self) -> int:
         """Characters of `text` that no stop string can take back."""
         return len(self.text) if self._is_final else max(0, len(self.text) - self._hold)
@@ -65,13 +73,13 @@ class Detokenizer:
         return self._tokenizer.decode(ids, skip_special=True)
 
     def _add(self, piece: str) -> str | None:
-        search_from = max(0, len(self.text) - self._hold)
-        self.text += piece
+        search_from = max(0, len(self._text) - self._hold)
+        self._text += piece
         self._begin, self._shown = self._shown, len(self._ids)
-        hits = [(at, s) for s in self._stop if (at := self.text.find(s, search_from)) >= 0]
+        hits = [(at, s) for s in self._stop if (at := self._text.find(s, search_from)) >= 0]
         if not hits:
             return None
         at, found = min(hits)
-        self.text = self.text[:at]
+        self._text = self._text[:at]
         self._is_final = True
         return found

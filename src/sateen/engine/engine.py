@@ -25,6 +25,7 @@ from sateen.engine.sizing import cache_size, kv_dtype
 from sateen.engine.state import Request
 from sateen.errors import BackendUnavailable, ConfigError, RequestError, unknown_name
 from sateen.models.decoder import Decoder
+from sateen.models.quantize import pack_model
 
 __all__ = ["LLM", "Engine", "EngineStats", "StreamChunk", "WeightUpdate"]
 
@@ -88,6 +89,7 @@ class LLM:
         kv_memory_bytes: int | None = None,
         num_pages: int | None = None,
         seed: int = 0,
+        record_routing: bool = False,
     ):
         """Loads a model and allocates its caches.
 
@@ -98,7 +100,8 @@ class LLM:
             attention: `auto` computes over cached rows in floating point, `int8` with integer products; it
                 is for layers of full and sliding attention, and the first step refuses models with others.
                 `score` has no cache and always computes in floating point.
-            weights: only `auto`, as stored, so far.
+            weights: `auto` as stored; `fairy2` packs the complex two-bit weights of a model that has them as
+                masters, and takes packed ones as they are.
             kv_cache_dtype: `auto` (the model's), `fp32`, `bf16`, `fp16`, or `int8` with a scale per token and
                 head.
             dtype: of the weights; as stored when None. Not for a decoder object.
@@ -110,6 +113,7 @@ class LLM:
                 most a quarter of the free memory.
             num_pages: pages of 64 tokens, instead of `kv_memory_bytes`.
             seed: of requests without a seed.
+            record_routing: outputs carry the experts that every token used, for models that have experts.
 
         Raises:
             ConfigError: a value that is not accepted, or a tokenizer that does not fit the model.
@@ -117,7 +121,7 @@ class LLM:
         """
         if attention not in ("auto", "int8"):
             raise ConfigError(unknown_name("attention", attention, ("auto", "int8")))
-        _refuse("weights", weights, ("int8", "int4", "fairy2"))
+        _check_weights(weights)
         if draft not in ("auto", "mtp", "none"):
             raise ConfigError(unknown_name("draft", draft, ("auto", "mtp", "none")))
         if max_num_seqs < 1:
@@ -127,8 +131,12 @@ class LLM:
                 raise ConfigError(
                     "dtype and device are for loading; this model is loaded, so convert it before"
                 )
+            self._trained: Decoder | None = model
         else:
             model = load_model(model, dtype=dtype, device=device)
+            self._trained = None
+        if weights == "fairy2":
+            model = _packed_fairy2(model)
         self.model = model.eval()
         config = model.config
         if tokenizer is not None:
@@ -159,7 +167,10 @@ class LLM:
             attention=attention,
         )  # fmt: skip
         num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
-        self.runner = Runner(model, self.cache, num_tokens=num_tokens, drafts=self.num_draft > 0)
+        self.runner = Runner(
+            model, self.cache, num_tokens=num_tokens, drafts=self.num_draft > 0,
+            records_routing=record_routing,
+        )  # fmt: skip
         self.scheduler = Scheduler(
             self.cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
@@ -301,6 +312,8 @@ class LLM:
         """
         if update.source is not None:
             copy_weights(self.model, update.source)
+        elif self._trained is not None and self._trained is not self.model:
+            copy_weights(self.model, pack_model(self._trained).state_dict())
         self.weights_version = update.version
         self.scheduler.restart_all()
 
@@ -333,8 +346,20 @@ class LLM:
         return self.cache.kv_bytes(context)
 
 
-def _refuse(name: str, value: str, planned: tuple[str, ...]) -> None:
-    if value in planned:
-        raise BackendUnavailable(f"{name} {value!r} is not built yet; available: auto")
-    if value != "auto":
-        raise ConfigError(unknown_name(name, value, ("auto", *planned)))
+def _check_weights(weights: str) -> None:
+    known = ("auto", "int8", "int4", "fairy2")
+    if weights not in known:
+        raise ConfigError(unknown_name("weights", weights, known))
+    if weights in ("int8", "int4"):
+        raise BackendUnavailable(f"weights {weights!r} is not built yet; available: auto, fairy2")
+
+
+def _packed_fairy2(model: Decoder) -> Decoder:
+    quant = model.config.quant
+    if quant is None or quant.method not in ("phase", "fairy2i"):
+        have = "full-precision" if quant is None else quant.method
+        raise ConfigError(
+            f"weights 'fairy2' packs complex two-bit weights and this model's are {have}; convert it with "
+            "`sateen convert SRC DST --weights fairy2i`, or train one with the qat stage"
+        )
+    return pack_model(model)

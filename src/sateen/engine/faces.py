@@ -22,6 +22,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     draft: str = "auto",
+    weights: str = "auto",
     attention: str = "auto",
     kv_cache_dtype: str = "auto",
     json: bool = False,
@@ -32,7 +33,7 @@ def generate(
         ConfigError: the model has no tokenizer.
         RequestError: the prompt or a setting cannot be served.
     """
-    llm, _ = _load(model, draft, attention, kv_cache_dtype)
+    llm, _ = _load(model, draft, weights, attention, kv_cache_dtype)
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     if json:
         output = llm.generate(prompt, params)[0]
@@ -61,6 +62,7 @@ def chat(
     top_p: float = 1.0,
     seed: int | None = None,
     draft: str = "auto",
+    weights: str = "auto",
     attention: str = "auto",
     kv_cache_dtype: str = "auto",
 ) -> None:
@@ -70,7 +72,7 @@ def chat(
         ConfigError: the model has no tokenizer, or that has no chat template.
         RequestError: a setting cannot be served.
     """
-    llm, tokenizer = _load(model, draft, attention, kv_cache_dtype)
+    llm, tokenizer = _load(model, draft, weights, attention, kv_cache_dtype)
     _ = tokenizer.template  # a missing template is told before the first question
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     messages: list[dict[str, Any]] = []
@@ -117,8 +119,15 @@ def _answer(llm: LLM, tokenizer: Tokenizer, messages: list[dict[str, Any]], para
     return said
 
 
-def _load(model: str, draft: str, attention: str, kv_cache_dtype: str) -> tuple[LLM, Tokenizer]:
-    llm = LLM(model, draft=draft, attention=attention, kv_cache_dtype=kv_cache_dtype, max_num_seqs=1)
+def _load(model: str, draft: str, weights: str, attention: str, kv_cache_dtype: str) -> tuple[LLM, Tokenizer]:
+    llm = LLM(
+        model,
+        draft=draft,
+        weights=weights,
+        attention=attention,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_seqs=1,
+    )
     if llm.tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer.json to read text with; put one beside its config.json")
     return llm, llm.tokenizer

@@ -17,6 +17,8 @@ from torch import Tensor
 from sateen import ops
 from sateen.errors import BackendUnavailable
 
+Rows = NDArray[np.int64]
+
 if TYPE_CHECKING:
     from sateen.engine.cache import CacheEntry, KVCache, Pool
 
@@ -133,25 +135,24 @@ class ForwardCache:
         return RowIndex(self._tensor(write), self._compact(read), self._offsets([s + n for _, s, n in spans]))
 
     def _ring_index(self, window: int, ring: int) -> RowIndex:
-        olds = [min(start, window - 1) for start in self.starts]
-        offsets = self._offsets([old + n for old, n in zip(olds, self.counts, strict=True)])
-        spans = list(zip((e.slot * ring for e in self.entries), self.starts, self.counts, olds, strict=True))
-        if max(self.counts) <= ring - window + 1:
-            write = np.concatenate([base + np.arange(start, start + n) % ring for base, start, n, _ in spans])
-            read = np.concatenate(
-                [base + np.arange(start - old, start + n) % ring for base, start, n, old in spans]
-            )
+        starts, counts = np.asarray(self.starts), np.asarray(self.counts)
+        bases = np.asarray([entry.slot * ring for entry in self.entries])
+        olds = np.minimum(starts, window - 1)
+        offsets = self._offsets((olds + counts).tolist())
+        if counts.max() <= ring - window + 1:
+            write = _ring_rows(bases, starts, counts, ring)
+            read = _ring_rows(bases, starts - olds, olds + counts, ring)
             return RowIndex(self._tensor(write), self._tensor(read), offsets)
-        read = np.concatenate([base + np.arange(start - old, start) % ring for base, start, _, old in spans])
-        write_parts, keep_parts, order_parts = [], [], []
+        kept = np.minimum(counts, ring)
+        write = _ring_rows(bases, starts + counts - kept, kept, ring)
+        read = _ring_rows(bases, starts - olds, olds, ring)
+        keep_parts, order_parts = [], []
         old_at, new_at = 0, len(read)
-        for base, start, n, old in spans:
-            kept = min(n, ring)
-            write_parts.append(base + np.arange(start + n - kept, start + n) % ring)
-            keep_parts.append(np.arange(n - kept, n) + (new_at - len(read)))
+        for n, old, last in zip(counts.tolist(), olds.tolist(), kept.tolist(), strict=True):
+            keep_parts.append(np.arange(n - last, n) + (new_at - len(read)))
             order_parts += [np.arange(old_at, old_at + old), np.arange(new_at, new_at + n)]
             old_at, new_at = old_at + old, new_at + n
-        write, keep, order = (np.concatenate(parts) for parts in (write_parts, keep_parts, order_parts))
+        keep, order = np.concatenate(keep_parts), np.concatenate(order_parts)
         return RowIndex(
             self._tensor(write), self._tensor(read), offsets, self._tensor(order), self._tensor(keep)
         )
@@ -191,13 +192,30 @@ class LayerView:
         v_TKV: Tensor,
         *,
         cu_seqlens_q: Tensor,
+        scale: float | None = None,
         window: int | None = None,
         sink_N: Tensor | None = None,
         name: str = "kv",
     ) -> Tensor:
         return self._forward.attend(
-            self._index, name, q_TNH, k_TKH, v_TKV, cu_seqlens_q=cu_seqlens_q, window=window, sink_N=sink_N
+            self._index,
+            name,
+            q_TNH,
+            k_TKH,
+            v_TKV,
+            cu_seqlens_q=cu_seqlens_q,
+            scale=scale,
+            window=window,
+            sink_N=sink_N,
         )
+
+
+def _ring_rows(bases: Rows, firsts: Rows, counts: Rows, ring: int) -> Rows:
+    """Pool rows of `counts[i]` positions from `firsts[i]` on in the ring that begins at `bases[i]`."""
+    ends = np.cumsum(counts)
+    within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+    rows: Rows = np.repeat(bases, counts) + (np.repeat(firsts, counts) + within) % ring
+    return rows
 
 
 def _extend(pool: Tensor, new: Tensor, rows: RowIndex) -> Tensor:

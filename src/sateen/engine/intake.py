@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from sateen.checkpoint.gguf import is_gguf, load_gguf_tokenizer
 from sateen.data.tokenizer import Tokenizer, check_vocab
 from sateen.engine.contract import Prompt
 from sateen.engine.detokenizer import Detokenizer
@@ -117,14 +118,18 @@ class Intake:
 
 
 def find_tokenizer(model: Decoder) -> Tokenizer | None:
-    """The tokenizer beside the model's weights, or None.
+    """The tokenizer beside the model's weights or in its GGUF file, or None.
 
     Raises:
-        ConfigError: it has more tokens than the model.
+        ConfigError: it has more tokens than the model, or a GGUF file has one of a kind we do not rebuild.
     """
-    if model.source is None or not (model.source / "tokenizer.json").is_file():
+    tokenizer: Tokenizer | None = None
+    if model.source is not None and is_gguf(model.source):
+        tokenizer = load_gguf_tokenizer(model.source)
+    elif model.source is not None and (model.source / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(model.source)
+    if tokenizer is None:
         return None
-    tokenizer = Tokenizer.load(model.source)
     check_vocab(tokenizer, model.config.vocab_size)
     return tokenizer
 

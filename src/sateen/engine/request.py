@@ -188,6 +188,9 @@ class RequestOutput:
         outputs: one completion.
         finished: the completion is complete.
         weights_version: oldest version of the weights that generated any of its tokens.
+        router_ids: of an engine that records routing: layer index -> expert ids of every token of prompt and
+            completion, as they were when its successor was sampled; -1 for tokens that were never computed,
+            such as the newest.
     """
 
     request_id: int
@@ -196,3 +199,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     weights_version: int
+    router_ids: dict[int, list[list[int]]] | None = None

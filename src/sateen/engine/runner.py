@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -25,10 +26,15 @@ class Runner:
     Attributes:
         num_tokens: vocabulary rows that are tokens; the padding rows behind them are never sampled.
         drafter: the MTP heads at work, or None.
+        routed_layers: mixtures of experts of the trunk whose choices requests keep; empty for none.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, *, num_tokens: int, drafts: bool):
+    def __init__(
+        self, model: Decoder, cache: KVCache, *, num_tokens: int, drafts: bool, records_routing: bool = False
+    ):
         self.model, self.cache, self.num_tokens = model, cache, num_tokens
+        trunk = range(model.config.num_hidden_layers)
+        self.routed_layers = tuple(sorted(set(model.moe_layers()) & set(trunk))) if records_routing else ()
         self.drafter = Drafter(model, cache, num_tokens) if drafts else None
 
     @torch.inference_mode()
@@ -50,8 +56,11 @@ class Runner:
             torch.tensor(positions, dtype=torch.int64, device=device),
         )
         view = self.cache.forward([chunk.entry for chunk in chunks], counts)
-        hidden = self.model.trunk(torch.tensor(ids, device=device), seq, view, LayerLinks())
+        links = LayerLinks()
+        hidden = self.model.trunk(torch.tensor(ids, device=device), seq, view, links)
         emitted = self._emit(chunks, offsets, hidden)
+        if self.routed_layers:
+            self._record_routes(chunks, offsets, links)
         if self.drafter is not None:
             jobs = [
                 DraftJob(chunk.request, chunk.entry, chunk.start, chunk.count, offset, chunk.samples)
@@ -60,6 +69,13 @@ class Runner:
             ]
             self.drafter.run(jobs, hidden)
         return emitted
+
+    def _record_routes(self, chunks: Sequence[Chunk], offsets: list[int], links: LayerLinks) -> None:
+        """Hands each request the routes of the rows that stay; rejected drafts are cut off already."""
+        routes_TLA = torch.stack([links.router_ids[layer] for layer in self.routed_layers], dim=1).int().cpu()
+        for chunk, offset in zip(chunks, offsets, strict=False):
+            chunk.request.routed_layers = self.routed_layers
+            chunk.request.record_routes(routes_TLA[offset:], chunk.start, chunk.entry.length)
 
     def _emit(self, chunks: Sequence[Chunk], offsets: list[int], hidden: Tensor) -> list[tuple[Request, int]]:
         """Samples or verifies where a chunk reached the newest token; cuts rejected drafts off the caches."""
@@ -73,14 +89,11 @@ class Runner:
         drafts = [chunk.drafts for chunk, _ in ready]
         tokens = verify(mask_padding(raw, self.num_tokens), requests, drafts)
         emitted = []
-        first = 0
-        for (chunk, _), new in zip(ready, tokens, strict=True):
+        for (chunk, _), new, logprobs in zip(
+            ready, tokens, _logprobs(raw, requests, drafts, tokens), strict=True
+        ):
             request = chunk.request
             request.drafts, request.draft_probs = [], None
-            logprobs: list[dict[int, Logprob]] = []
-            if request.params.logprobs is not None:
-                logprobs = raw_logprobs(raw[first : first + len(new)], new, request.params.logprobs)
-            first += len(chunk.drafts) + 1
             taken = request.emit(new, logprobs)
             if chunk.drafts:
                 # Drafts behind a stop were never in question: they count neither as drafted nor as accepted.
@@ -108,3 +121,22 @@ class Runner:
         flat = torch.cat(parts).tolist()
         ends = torch.tensor(lengths).cumsum(0).tolist()
         return [flat[end - length : end - 1] for end, length in zip(ends, lengths, strict=True)]
+
+
+def _logprobs(
+    raw_MV: Tensor, requests: Sequence[Request], drafts: Sequence[list[int]], tokens: Sequence[list[int]]
+) -> list[list[dict[int, Logprob]]]:
+    """For each request what `raw_logprobs` says of its new tokens; nothing where it did not ask."""
+    found: list[list[dict[int, Logprob]]] = [[] for _ in requests]
+    firsts = list(accumulate((len(d) + 1 for d in drafts), initial=0))
+    wanted: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        if request.params.logprobs is not None:
+            wanted.setdefault(request.params.logprobs, []).append(i)
+    for num_best, members in wanted.items():
+        rows = [firsts[i] + j for i in members for j in range(len(tokens[i]))]
+        picked_MV = raw_MV if len(rows) == len(raw_MV) else raw_MV[torch.tensor(rows, device=raw_MV.device)]
+        flat = iter(raw_logprobs(picked_MV, [token for i in members for token in tokens[i]], num_best))
+        for i in members:
+            found[i] = list(islice(flat, len(tokens[i])))
+    return found

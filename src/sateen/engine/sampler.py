@@ -77,16 +77,16 @@ def choose(logits_MV: Tensor, requests: Sequence[Request]) -> tuple[Tensor, Tens
     Returns:
         Tokens int64 [M]; the distributions of the sampled rows, or None; which rows those are.
     """
-    tokens = logits_MV.argmax(-1)  # the first of equal maxima
     sampled = [i for i, request in enumerate(requests) if not request.params.is_greedy]
     if not sampled:
-        return tokens, None, sampled
+        return logits_MV.argmax(-1), None, sampled  # the first of equal maxima
     theirs = [requests[i] for i in sampled]
     rows = logits_MV if len(sampled) == len(requests) else logits_MV[sampled]
     probs = distribution(rows, [request.params for request in theirs])
     drawn = draw(probs, uniforms(theirs, 1, probs.device)[:, 0])
     if len(sampled) == len(requests):
         return drawn, probs, sampled
+    tokens = logits_MV.argmax(-1)
     tokens[sampled] = drawn
     return tokens, probs, sampled
 
@@ -98,6 +98,8 @@ def raw_logprobs(logits_MV: Tensor, tokens: Sequence[int], num_best: int) -> lis
     value_M1 = logprobs.gather(-1, chosen_M1)
     ranks = ((logprobs > value_M1).sum(-1) + 1).tolist()
     values = value_M1.squeeze(-1).tolist()
+    if num_best == 0:
+        return [{t: Logprob(v, rank)} for t, v, rank in zip(tokens, values, ranks, strict=True)]
     best = logprobs.topk(min(num_best, logprobs.shape[-1]), dim=-1)
     rows = []
     for i, (ids, found) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):

@@ -15,7 +15,7 @@ from sateen.engine.cache import CacheEntry, KVCache
 from sateen.engine.state import Request
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """One request's part of a step.
 
@@ -85,8 +85,9 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
         preempted = False
-        decoding = [r for r in self.running if self._missing(r) == 1]
-        reading = [r for r in self.running if self._missing(r) > 1]
+        missing = [(request, self._missing(request)) for request in self.running]
+        decoding = [request for request, count in missing if count == 1]
+        reading = [request for request, count in missing if count > 1]
         for request in decoding + reading:
             if request.entry is None:  # preempted for an older one in this very loop
                 continue
@@ -128,7 +129,7 @@ class Scheduler:
 
     def _drafts(self, request: Request) -> list[int]:
         """The drafts worth verifying: one token of each pass is the target's own."""
-        return request.drafts[: request.remaining - 1]
+        return request.drafts[: request.remaining - 1] if request.drafts else []
 
     def _take(self, request: Request, budget: int) -> tuple[int, list[int]]:
         """How many tokens of a request fit the budget, and the drafts among them."""

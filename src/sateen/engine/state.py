@@ -32,6 +32,9 @@ class Request:
         draft_probs: the distributions they were drawn from [J, V]; None when greedy.
         logprobs: as in `CompletionOutput`.
         weights_version: of its first token.
+        routed_layers: layers whose routes are recorded; empty unless the engine records them.
+        routes: expert ids [tokens, layers, A] of its tokens so far, in pieces.
+        num_routed: tokens in `routes`.
     """
 
     request_id: int
@@ -51,6 +54,9 @@ class Request:
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: str | int | None = None
+    routed_layers: tuple[int, ...] = ()
+    routes: list[Tensor] = field(default_factory=list)
+    num_routed: int = 0
     stream_tokens: int = 0
     stream_text: int = 0
 
@@ -65,6 +71,7 @@ class Request:
 
     def emit(self, new_tokens: list[int], logprobs: list[dict[int, Logprob]]) -> int:
         """Appends new tokens up to the first that ends the request; returns how many were taken."""
+        full = self.num_prompt + self.max_new
         for taken, token in enumerate(new_tokens, 1):
             self.tokens.append(token)
             if self.params.logprobs is not None:
@@ -74,13 +81,32 @@ class Request:
                 self.stop_reason = token if token in self.params.stop_token_ids else None
             elif self.detokenizer and (ended := self.detokenizer.push(token)) is not None:
                 self.finish_reason, self.stop_reason = "stop", ended
-            elif self.remaining == 0:
+            elif len(self.tokens) == full:
                 self.finish_reason = "length"
             if self.finish_reason is not None:
                 if self.detokenizer:
                     self.detokenizer.finish()
                 return taken
         return len(new_tokens)
+
+    def record_routes(self, routes_TLA: Tensor, start: int, end: int) -> None:
+        """Keeps the routes of the tokens from `start` to `end`; the first ones of a token stand.
+
+        A preempted request computes its tokens again, maybe by newer weights; the first routes are those that
+        its log-probabilities belong to.
+        """
+        if end > self.num_routed:
+            self.routes.append(routes_TLA[self.num_routed - start : end - start])
+            self.num_routed = end
+
+    def router_ids(self) -> dict[int, list[list[int]]] | None:
+        """See `RequestOutput.router_ids`."""
+        if not self.routes:
+            return None
+        known_TLA = torch.cat(self.routes)
+        missing = len(self.tokens) - len(known_TLA)
+        routes_TLA = torch.cat([known_TLA, known_TLA.new_full((missing, *known_TLA.shape[1:]), -1)])
+        return {layer: routes_TLA[:, i].tolist() for i, layer in enumerate(self.routed_layers)}
 
     def output(self) -> RequestOutput:
         """What the user sees of it now."""
@@ -95,5 +121,5 @@ class Request:
         )
         return RequestOutput(
             self.request_id, self.prompt, self.tokens[: self.num_prompt], [completion],
-            self.finish_reason is not None, self.weights_version,
+            self.finish_reason is not None, self.weights_version, self.router_ids(),
         )  # fmt: skip

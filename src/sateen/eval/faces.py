@@ -13,6 +13,7 @@ from sateen.data.text import python_docs, split_heldout, text_dir
 from sateen.data.tokenizer import Tokenizer
 from sateen.engine.engine import LLM
 from sateen.errors import ConfigError
+from sateen.eval import audio_faces
 from sateen.eval.perplexity import perplexity
 from sateen.eval.tasks import evaluate_task
 
@@ -32,7 +33,7 @@ def main(
 
     Args:
         model: what `load_model` takes.
-        tasks: `perplexity`, and names of verifiable tasks.
+        tasks: `perplexity`, and names of verifiable tasks; or `audio` alone, for a run folder on speech.
         text: file or folder for the perplexity; the Python documentation that `python_docs` sources hold
             out when None.
         num_examples: questions per task.
@@ -42,6 +43,10 @@ def main(
     Raises:
         ConfigError: a task is unknown, there is no text to read, or the model has no tokenizer.
     """
+    if audio_faces.AUDIO in tasks:
+        if len(tasks) > 1:
+            raise ConfigError("--tasks audio stands alone: it measures speech, the others text")
+        return audio_faces.main(model, json=json)
     classes = {name: task_class(name) for name in tasks if name != PERPLEXITY}
     llm = LLM(model, draft="none", max_num_seqs=32)
     if llm.tokenizer is None:

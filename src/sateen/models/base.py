@@ -13,11 +13,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from sateen.errors import ConfigError, unknown_name
+from sateen.models.quant_config import KEY as QUANT_KEY
+from sateen.models.quant_config import read_quant
 from sateen.models.registry import FAMILIES
-from sateen.nn.spec import KVLayout, LayerSpec, MTPSpec
+from sateen.nn.spec import KVLayout, LayerSpec, MTPSpec, QuantSpec
+
+if TYPE_CHECKING:
+    from sateen.models.decoder import Decoder
 
 log = logging.getLogger("sateen.models")
 
@@ -27,16 +34,33 @@ NEUTRAL_KEYS = frozenset(
     "eos_token_id id2label initializer_range is_encoder_decoder label2id max_position_embeddings model_type "
     "output_attentions output_hidden_states pad_token_id problem_type pretraining_tp return_dict torch_dtype "
     "transformers_version use_cache vocab_size hidden_size num_hidden_layers tie_word_embeddings "
-    "sep_token_id output_router_logits router_aux_loss_coef".split()
+    "sep_token_id output_router_logits router_aux_loss_coef quantization_config".split()
 )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a checkpoint's tensor lives in the model: the whole parameter, or one index of its first axis."""
+    """Where a checkpoint's tensor lives in the model: the whole parameter or a part of it.
+
+    Attributes:
+        name: the checkpoint's name.
+        index: the part is this index of the first axis.
+        columns: the part is this range of the last axis.
+    """
 
     name: str
     index: int | None
+    columns: tuple[int, int] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.index is None and self.columns is None
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The view of the parameter that the checkpoint's tensor holds."""
+        if self.columns is not None:
+            return tensor[..., slice(*self.columns)]
+        return tensor if self.index is None else tensor[self.index]
 
 
 @dataclass(frozen=True)
@@ -48,12 +72,14 @@ class Family:
         keys: the config keys it understands, beside `NEUTRAL_KEYS`.
         entries: (parameter name, its shape) -> the checkpoint tensors that hold it.
         mtp: MTP heads of a config with their number, or None; asked when only tensor names tell the number.
+        build: the module of a config, where it is more than a `Decoder`.
     """
 
     parse: Callable[[Mapping[str, Any]], ModelConfig]
     keys: frozenset[str]
     entries: Callable[[str, tuple[int, ...]], Iterator[Entry]]
     mtp: Callable[[ModelConfig, int], MTPSpec] | None = None
+    build: Callable[[ModelConfig], Decoder] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +97,8 @@ class ModelConfig:
         specs: one per trunk layer.
         mtp: multi-token prediction heads, or None.
         raw: the dictionary itself.
+        norm: kind of the norm after the last layer, a key of `nn.norm.NORMS`.
+        quant: two-bit weights of the linear layers, or None.
     """
 
     model_type: str
@@ -83,6 +111,8 @@ class ModelConfig:
     specs: tuple[LayerSpec, ...]
     mtp: MTPSpec | None
     raw: Mapping[str, Any]
+    norm: str = "rms"
+    quant: QuantSpec | None = None
 
     @classmethod
     def from_hf(
@@ -113,6 +143,8 @@ class ModelConfig:
             raise ConfigError(
                 f"{origin}: a value has the wrong type ({error}); keys that are null: {nulls}"
             ) from None
+        if QUANT_KEY in raw:
+            config = replace(config, quant=read_quant(raw[QUANT_KEY], origin))
         if raw.get("attention_dropout"):
             log.info("%s: attention_dropout %s is not applied", origin, raw["attention_dropout"])
         if config.mtp is None and chosen.mtp is not None and raw.get("num_nextn_predict_layers") is None:
@@ -159,6 +191,9 @@ def family(raw: Mapping[str, Any], origin: str) -> Family:
     # The first remote code of MiMo-V2-Flash left model_type empty; its architecture still tells.
     if not name and raw.get("architectures") == ["MiMoV2FlashForCausalLM"]:
         name = "mimo_v2_flash"
+    # MiMo-Audio calls itself by the family of its trunk; its audio keys tell.
+    if name == "qwen2" and "speech_vocab_size" in raw:
+        name = "mimo_audio"
     if name not in FAMILIES:
         raise ConfigError(f"{origin}: {unknown_name('model_type', str(name), FAMILIES)}")
     chosen: Family = import_module(FAMILIES[name]).FAMILY

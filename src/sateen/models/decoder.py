@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sateen.errors import ShapeError
-from sateen.models.base import ModelConfig
+from sateen.models.base import ModelConfig, family
 from sateen.nn.attention import Attention, LayerCache, LayerLinks, Sequences
-from sateen.nn.mlp import SwiGLU
+from sateen.nn.mlp import MLPS
 from sateen.nn.moe import MoE, Router
 from sateen.nn.mtp import MTPHead
-from sateen.nn.norm import RMSNorm
+from sateen.nn.norm import NORMS
+from sateen.nn.quant import PackedLinear, QuantLinear, quantize_linears
 from sateen.nn.spec import LayerSpec
 
 
@@ -46,10 +47,10 @@ class DecoderLayer(nn.Module):
         self.mlp = (
             MoE(hidden_size, spec.moe, spec.index)
             if spec.moe
-            else SwiGLU(hidden_size, spec.intermediate_size)
+            else MLPS[spec.mlp](hidden_size, spec.intermediate_size, eps)
         )
-        self.input_layernorm = RMSNorm(hidden_size, eps)
-        self.post_attention_layernorm = RMSNorm(hidden_size, eps)
+        self.input_layernorm = NORMS[spec.norm](hidden_size, eps)
+        self.post_attention_layernorm = NORMS[spec.norm](hidden_size, eps)
 
     def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), seq, cache, links)
@@ -66,7 +67,7 @@ class Trunk(nn.Module):
         D, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.layers = nn.ModuleList(DecoderLayer(D, spec, eps) for spec in config.specs)
-        self.norm = RMSNorm(D, eps)
+        self.norm = NORMS[config.norm](D, eps)
         if config.mtp is not None:
             heads = nn.ModuleList(MTPHead(D, eps, config.mtp, k) for k in range(config.mtp.num_heads))
             *outer, last = config.mtp.path.split(".")
@@ -85,7 +86,7 @@ class Decoder(nn.Module):
     """
 
     saver: ClassVar[Callable[[Decoder, Path], None] | None] = None  # set by sateen.checkpoint.hf
-    source: Path | None = None  # the directory it was loaded from
+    source: Path | None = None  # the directory or GGUF file it was loaded from
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -94,6 +95,14 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        if config.quant is not None:
+            quantize_linears(self, config.quant)
+
+    @staticmethod
+    def build(config: ModelConfig) -> Decoder:
+        """The model of a config: a `Decoder`, or what its family builds around one."""
+        make = family({"model_type": config.model_type}, "config.json").build or Decoder
+        return make(config)
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +145,8 @@ class Decoder(nn.Module):
 
     def head_weight(self) -> Tensor:
         """The output matrix [V, D]."""
-        return self.lm_head.weight
+        head = self.lm_head
+        return head.quantized_weight() if isinstance(head, QuantLinear) else head.weight
 
     def logits(self, head_input_TD: Tensor) -> Tensor:
         """Logits [T, V] of normed hidden states (the trunk's or an MTP head's)."""
@@ -212,10 +222,14 @@ class Decoder(nn.Module):
         """
         generator = torch.Generator(device=self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if zero_outputs and name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+            owner, _, leaf = name.rpartition(".")
+            is_complex = leaf in ("weight_real", "weight_imag")
+            if zero_outputs and (owner.endswith(("o_proj", "down_proj")) or leaf == "down_proj"):
                 parameter.zero_()
             elif parameter.ndim >= 2:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                # A complex entry has the variance of a real one, half of it in each part.
+                std = self.config.initializer_range * (0.5**0.5 if is_complex else 1.0)
+                parameter.normal_(0.0, std, generator=generator)
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             else:
@@ -229,13 +243,10 @@ class Decoder(nn.Module):
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters: `total` (trunk and matrices), `mtp`, and `active` per token of the trunk."""
     mtp = total = active = 0
-    seen: set[int] = set()
     experts: dict[str, Any] = {f"{name}.": m.spec for name, m in model.named_modules() if isinstance(m, MoE)}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        size = parameter.numel()
+    sizes = [(name, p.numel()) for name, p in model.named_parameters()]
+    sizes += [(f"{name}.", m.num_weights) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+    for name, size in sizes:
         if ".mtp." in name or ".mtp_layers." in name:
             mtp += size
             continue

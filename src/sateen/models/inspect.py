@@ -15,7 +15,7 @@ from sateen.models.decoder import Decoder, count_parameters
 from sateen.nn.attention import Attention
 from sateen.nn.spec import KVLayout, LayerSpec
 
-# Bytes of a cached number. Scales of the 8-bit kinds are left out: they depend on the kernel that reads them.
+# Bytes of a cached number. Int8 rows have scales beside them; FP8 rows are cast without any.
 KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 CONFIG_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -51,8 +51,8 @@ def describe(model: Decoder, *, contexts: Sequence[int] = (), kv_dtype: str = "a
         "mtp": {"num_heads": config.mtp.num_heads} | _words(config.mtp.layer) if config.mtp else None,
         "parameters": count_parameters(model),
         "kv_dtype": kv_dtype,
-        "kv_bytes_per_token": _row_bytes(config, KV_BYTES[kv_dtype]),
-        "kv": [kv_bytes(config, context, KV_BYTES[kv_dtype]) for context in sizes],
+        "kv_bytes_per_token": _row_bytes(config, kv_dtype),
+        "kv": [kv_bytes(config, context, kv_dtype) for context in sizes],
         "traps": traps(config, sizes[-1]),
     }
 
@@ -99,29 +99,32 @@ def _layouts(config: ModelConfig) -> tuple[list[KVLayout], list[KVLayout]]:
     return [layout for group in trunk for layout in group], [layout for group in heads for layout in group]
 
 
-def _row_bytes(config: ModelConfig, size: int) -> list[dict[str, Any]]:
+def _bytes(layout: KVLayout, kv_dtype: str) -> int:
+    return layout.row_bytes(KV_BYTES[kv_dtype], is_scaled=kv_dtype == "int8")
+
+
+def _row_bytes(config: ModelConfig, kv_dtype: str) -> list[dict[str, Any]]:
     """Bytes that one more cached token takes in each kind of trunk layer."""
     found: dict[tuple[str, int], int] = {}
     for spec in config.layers():
-        row = sum(layout.row_elements for layout in Attention.kinds[spec.attention].kv_layouts(spec))
+        row = sum(_bytes(layout, kv_dtype) for layout in Attention.kinds[spec.attention].kv_layouts(spec))
         found[spec.attention, row] = found.get((spec.attention, row), 0) + 1
-    return [
-        {"layer_kind": kind, "num_layers": count, "bytes": row * size} for (kind, row), count in found.items()
-    ]
+    return [{"layer_kind": kind, "num_layers": count, "bytes": row} for (kind, row), count in found.items()]
 
 
-def kv_bytes(config: ModelConfig, context: int, size: int) -> dict[str, Any]:
+def kv_bytes(config: ModelConfig, context: int, kv_dtype: str) -> dict[str, Any]:
     """Bytes of one sequence's cache; a ring counts its window's rows exactly, and no more than the context.
+
+    `kv_dtype` is a key of `KV_BYTES`.
 
     `all_full_bytes` is the same trunk with the model's own full-attention layer everywhere, and `ratio`
     what the trunk saves against it; both are None where no layer keeps all rows. MTP heads are counted
     apart.
     """
-    trunk, heads = ([(row.rows(context), row.row_elements) for row in rows] for rows in _layouts(config))
-    in_trunk = sum(rows * elements for rows, elements in trunk) * size
-    in_heads = sum(rows * elements for rows, elements in heads) * size
+    trunk, heads = ([row.rows(context) * _bytes(row, kv_dtype) for row in rows] for rows in _layouts(config))
+    in_trunk, in_heads = sum(trunk), sum(heads)
     full = next((layout for layout in _layouts(config)[0] if layout.kind == "paged"), None)
-    all_full = full.row_elements * context * config.num_hidden_layers * size if full else None
+    all_full = _bytes(full, kv_dtype) * context * config.num_hidden_layers if full else None
     return {
         "context": context,
         "bytes": in_trunk,
@@ -146,6 +149,9 @@ def traps(config: ModelConfig, context: int) -> list[str]:
         )
     if any(spec.head_dim != spec.v_head_dim for spec in specs):
         found.append("key and value heads differ in size, which many attention kernels refuse")
+    if config.norm == "complex_rms":
+        entries = f"{config.hidden_size // 2} and {specs[0].head_dim // 2} complex entries"
+        found.append(f"hidden and head sizes count real numbers, re and im of {entries}")
     if config.mtp is not None:
         first = config.mtp.order
         found.append(f"MTP heads join their inputs {first} first; the other order loads and drafts noise")

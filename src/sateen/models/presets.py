@@ -2,14 +2,15 @@
 
 Sources: `mimo-7b` arXiv 2505.07608 §2.2 and its config.json; `mimo-v2-flash` arXiv 2601.02780 Table 1
 and its config.json, where `num_nextn_predict_layers` is ours (the released file leaves the three heads
-to be counted).
+to be counted); `mimo-audio-7b` arXiv 2512.23808 Table 2 and its published code, which the third-party ports'
+configs agree with.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from sateen.models import hysparse_presets
+from sateen.models import fairy_presets, hysparse_presets
 
 MIMO_7B: dict[str, Any] = {
     "architectures": ["MiMoForCausalLM"],
@@ -138,11 +139,72 @@ DEMO: dict[str, Any] = MIMO_V2_FLASH | {
     "num_nextn_predict_layers": 1,
 }
 
+MIMO_AUDIO_7B: dict[str, Any] = {
+    "architectures": ["MiMoAudioModel"],
+    "model_type": "qwen2",
+    "attention_bias": True,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 640000,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151680,
+    "group_size": 4,
+    "audio_channels": 8,
+    "speech_vocab_size": "1025-1025-129-129-129-129-129-129",
+    "speech_zeroemb_idx": "1024-1024-128-128-128-128-128-128",
+    "delay_pattern": "0-1-2-3-4-5-6-7",
+    "local_dim": 1024,
+    "local_layers": 16,
+    "local_attn_heads": 64,
+    "local_ffn_dim": 4096,
+    "local_attn_dropout": 0.1,
+    "input_local_layers": 6,
+    "input_local_dim": 1024,
+    "input_full_attention": True,
+}
+
+# Its special tokens are those of a tokenizer that puts ChatML's three first and the audio tokens behind them.
+MIMO_AUDIO_MINI: dict[str, Any] = MIMO_AUDIO_7B | {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rope_theta": 10000,
+    "max_position_embeddings": 1024,
+    "vocab_size": 320,
+    "speech_vocab_size": "257-257-65-65-65-65-65-65",
+    "speech_zeroemb_idx": "256-256-64-64-64-64-64-64",
+    "local_dim": 96,
+    "local_layers": 3,
+    "local_attn_heads": 6,
+    "local_ffn_dim": 384,
+    "local_attn_dropout": 0.0,
+    "input_local_layers": 2,
+    "input_local_dim": 96,
+    "audio_token_ids": {
+        "sosp": 3, "eosp": 4, "empty": 5, "human": 6, "speechlm": 7, "sostm": 8, "eostm": 9, "eot": 10,
+    },
+}  # fmt: skip
+
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": DEMO,
     "mimo-7b": MIMO_7B,
     "mimo-7b-tiny": MIMO_7B_TINY,
+    "mimo-audio-7b": MIMO_AUDIO_7B,
+    "mimo-audio-mini": MIMO_AUDIO_MINI,
     "mimo-v2-flash": MIMO_V2_FLASH,
     "mimo-v2-flash-tiny": MIMO_V2_FLASH_TINY,
+    **fairy_presets.PRESETS,
     **hysparse_presets.PRESETS,
 }

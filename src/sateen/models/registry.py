@@ -8,12 +8,14 @@ from sateen.errors import ConfigError, unknown_name
 from sateen.models.presets import PRESETS
 
 FAMILIES = {
+    "complexnet": "sateen.models.fairy",
     "hysparse": "sateen.models.hysparse",
     "llama": "sateen.models.llama",
     "mistral": "sateen.models.llama",
     "qwen2": "sateen.models.llama",
     "qwen3": "sateen.models.llama",
     "mimo": "sateen.models.mimo",
+    "mimo_audio": "sateen.models.mimo_audio_lm",
     "mimo_v2_flash": "sateen.models.mimo_v2_flash",
 }
 

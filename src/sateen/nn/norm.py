@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sateen.nn.complex import ComplexRMSNorm
+
 
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight`, the statistic in float32 whatever the dtype of `x`.
@@ -23,3 +25,7 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
         return normed * self.weight.to(x.dtype)
+
+
+# Kind -> class, made of the width of the residual stream and epsilon.
+NORMS: dict[str, type[RMSNorm] | type[ComplexRMSNorm]] = {"rms": RMSNorm, "complex_rms": ComplexRMSNorm}

@@ -48,6 +48,11 @@ class KVLayout:
         """Numbers stored per token: keys and values of all heads."""
         return 0 if self.kind == "shared" else self.num_kv_heads * (self.head_dim + self.v_head_dim)
 
+    def row_bytes(self, size: int, *, is_scaled: bool = False) -> int:
+        """Bytes per token for numbers of `size` bytes; int8 rows are scaled, by two float32 per head."""
+        scales = 8 * self.num_kv_heads if is_scaled and self.kind != "shared" else 0
+        return self.row_elements * size + scales
+
     def rows(self, context: int, draft: int = 0) -> int:
         """Rows a sequence of `context` tokens occupies, with room for `draft` rejected tokens in a ring."""
         if self.kind == "shared":
@@ -99,6 +104,8 @@ class LayerSpec:
         kv_source: layer whose keys and values this one reads, for shared caches.
         intermediate_size: width of the dense MLP; unused when `moe` is set.
         moe: the mixture of experts, or None for a dense MLP.
+        norm: kind of the two norms, a key of `nn.norm.NORMS`.
+        mlp: kind of the dense MLP, a key of `nn.mlp.MLPS`.
         options: settings that one attention kind alone understands.
     """
 
@@ -119,6 +126,8 @@ class LayerSpec:
     kv_source: int | None = None
     intermediate_size: int = 0
     moe: MoESpec | None = None
+    norm: str = "rms"
+    mlp: str = "swiglu"
     options: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
     @property
@@ -145,3 +154,27 @@ class MTPSpec:
     is_chained: bool
     path: str
     names: MappingProxyType[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Two-bit weights in place of a model's linear layers.
+
+    Attributes:
+        method: `phase` is Fairy±i's for complex layers, `fairy2i` the widely-linear form of real ones,
+            `ternary` BitNet b1.58's, `int2` the codes -2 to 1.
+        stages: of `fairy2i`, each quantising what the ones before left over; 1 for the other methods.
+        act: how a layer's input is rounded: `int8` per token, each part of a complex one on its own, or
+            `float` for not at all.
+        packed: the weights are stored codes; otherwise full-precision masters that every forward quantises.
+        skip: dotted pieces of module names that are left alone.
+        int2_ratio: scale of `int2` over the mean |w|; 1.3 is near the least-squares scale of Gaussian weights
+            (source: ours).
+    """
+
+    method: Literal["phase", "fairy2i", "ternary", "int2"]
+    stages: int = 1
+    act: Literal["int8", "float"] = "int8"
+    packed: bool = False
+    skip: tuple[str, ...] = ("lm_head",)
+    int2_ratio: float = 1.3

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from sateen.checkpoint.state import kept_model
 from sateen.config import MOPDConfig, StageContext
 from sateen.data.tokenizer import Tokenizer
 from sateen.engine.contract import Engine
 from sateen.engine.engine import LLM
-from sateen.errors import ConfigError, unknown_name
+from sateen.errors import ConfigError
 from sateen.models.decoder import Decoder
 from sateen.post.algorithms import MOPD
 from sateen.post.rl import rollout_source
@@ -24,7 +25,8 @@ def mopd(context: StageContext) -> None:
     """Distils the stage's teachers into the run's model, each on its own domain.
 
     Raises:
-        ConfigError: a source without a teacher, a teacher without a source, or another tokenizer.
+        CheckpointError: a teacher's model is not there.
+        ConfigError: a teacher of another tokenizer.
     """
     stage = context.stage
     assert isinstance(stage, MOPDConfig)
@@ -44,27 +46,30 @@ def mopd(context: StageContext) -> None:
 
     def batches(model: Decoder, data: RunData) -> RolloutSource:
         source = rollout_source(context, stage, model, data.tokenizer)
-        domains = sorted({prompt.domain for prompt in source.prompts})
-        source.annotate = TeacherScores(load_teachers(stage.teachers, domains, data.tokenizer))
+        teachers = {domain: teacher_folder(context, path) for domain, path in stage.teachers.items()}
+        source.annotate = TeacherScores(load_teachers(teachers, data.tokenizer))
         return source
 
     train_text(context, objective, freeze=freeze, make_batches=batches)
 
 
-def load_teachers(paths: dict[str, Path], domains: list[str], tokenizer: Tokenizer) -> dict[str, Engine]:
+def teacher_folder(context: StageContext, teacher: Path) -> Path:
+    """Where a teacher's model is: what an earlier stage of this name left in the run, else the path itself.
+
+    Raises:
+        CheckpointError: that stage left no model.
+    """
+    names = [stage.name for stage in context.config.stages[: context.stage_index]]
+    return kept_model(context.folder, str(teacher)) if str(teacher) in names else teacher
+
+
+def load_teachers(paths: dict[str, Path], tokenizer: Tokenizer) -> dict[str, Engine]:
     """An engine per domain; domains that share a path share the engine.
 
     Raises:
-        ConfigError: see `mopd`.
+        CheckpointError: no model there.
+        ConfigError: a teacher of another tokenizer.
     """
-    for domain in paths:
-        if domain not in domains:
-            raise ConfigError(f"stages.mopd.teachers: {unknown_name('task source', domain, domains)}")
-    missing = [domain for domain in domains if domain not in paths]
-    if missing:
-        raise ConfigError(
-            f"stages.mopd.teachers: no teacher for {', '.join(missing)}; every source needs one"
-        )
     engines: dict[Path, LLM] = {}
     for path in paths.values():
         if path not in engines:

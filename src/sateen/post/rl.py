@@ -47,13 +47,16 @@ def rollout_source(
 ) -> RolloutSource:
     """Rollouts of the stage's tasks from the model as it is when each batch is drawn."""
     tasks = {}
-    for name, weight in context.config.source_weights(stage).items():
+    weights = context.config.source_weights(stage)
+    for name, weight in weights.items():
         source = context.config.data[name]
         if weight == 0:
             continue
         if not isinstance(source, TaskSource):
             raise ConfigError(f"stage rl: source {name} is {source.kind}; prompts come from task sources")
-        tasks[name] = build_task(source, tokenizer), source.num_examples
+        # Prompts are drawn evenly, so a source's weight is in how many it has.
+        count = max(1, round(source.num_examples * weight / max(weights.values())))
+        tasks[name] = build_task(source, tokenizer), count
     answers = stage.group_size * stage.max_groups
     llm = LLM(
         model,
@@ -62,6 +65,7 @@ def rollout_source(
         max_num_seqs=answers,
         max_num_batched_tokens=max(2048, answers),
         max_model_len=min(stage.seq_len, model.config.max_position_embeddings),
+        record_routing=stage.replay_routing,
     )
     return RolloutSource(
         llm,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from sateen.data.packing import IGNORE, PackedBatch, pack
+from sateen.data.packing import IGNORE, PackedBatch, Replay, pack
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Rollout:
         reward_parts: the score's components by name.
         is_truncated: the length limit ended it.
         teacher_logprobs: log-probabilities of the completion under the domain's teacher.
+        router_ids: layer index -> expert ids of every token of prompt and completion as the sampler chose
+            them; -1 for tokens that it never computed. None for models without experts.
     """
 
     prompt_ids: list[int]
@@ -43,6 +45,7 @@ class Rollout:
     reward_parts: dict[str, float] = field(default_factory=dict)
     is_truncated: bool = False
     teacher_logprobs: list[float] | None = None
+    router_ids: dict[int, list[list[int]]] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.logprobs) == len(self.completion_ids), "one log-probability per completion token"
@@ -58,7 +61,7 @@ def pack_rollouts(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> P
 
     Returns:
         A batch whose labels, `old_logprobs` and `teacher_logprobs` stand at the row before each completion
-        token.
+        token, and whose `replay` has the experts that the sampler chose, where it recorded them.
     """
     sequences = [[*r.prompt_ids, *r.completion_ids] for r in rollouts]
     labels = [[*[IGNORE] * (len(r.prompt_ids) - 1), *r.completion_ids, IGNORE] for r in rollouts]
@@ -73,4 +76,18 @@ def pack_rollouts(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> P
         advantages=torch.tensor(list(advantages), dtype=torch.float32),
         old_logprobs=torch.tensor(old),
         teacher_logprobs=teacher,
+        replay=_replay(rollouts),
+    )
+
+
+def _replay(rollouts: Sequence[Rollout]) -> Replay | None:
+    """The recorded routes of all rollouts, end to end; None unless each has some."""
+    routes = [rollout.router_ids for rollout in rollouts]
+    if not routes or any(not layers for layers in routes):
+        return None
+    return Replay(
+        {
+            layer: torch.tensor([ids for layers in routes if layers for ids in layers[layer]])
+            for layer in routes[0] or ()
+        }
     )

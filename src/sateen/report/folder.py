@@ -94,7 +94,7 @@ class RunFolder:
             batch = stage.get("tokens_per_batch", 1)
             # A stage ends with the batch that reaches its budget.
             end = begin + -(-stage.get("tokens", 0) // batch) * batch
-            ends.append((stage.get("stage", "?"), min(end, last)))
+            ends.append((stage.get("name") or stage.get("stage", "?"), min(end, last)))
         if not ends:
             for line, at in zip(self.metrics, tokens, strict=True):
                 if at is None:

@@ -13,18 +13,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sateen.config import ChatTaskSource, PythonDocsSource, StageContext, TaskSource, TextDirSource
+from sateen.config import (
+    ChatTaskSource,
+    PythonDocsSource,
+    SpeechSource,
+    StageContext,
+    TaskSource,
+    TextDirSource,
+)
 from sateen.config import Source as SourceConfig
 from sateen.data.chat import encode_chat
 from sateen.data.loader import Source
 from sateen.data.tasks import Example, Task, task_class
 from sateen.data.text import Document, python_docs, split_heldout, text_dir
 from sateen.data.token_file import TokenDocument, TokenFile, write_texts, write_tokens
-from sateen.data.tokenizer import Tokenizer, check_vocab
+from sateen.data.tokenizer import CHATML_TOKENS, Tokenizer, check_vocab
 from sateen.errors import ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
+from sateen.models.mimo_audio_lm import TOKEN_STRINGS
 from sateen.models.registry import preset
+from sateen.train.speech_data import clips_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def prepare(context: StageContext) -> RunData:
         ConfigError: a source has nothing to read or settings it does not accept.
     """
     config, folder = context.config, context.folder
-    tokenizer = _tokenizer(context)
+    tokenizer = run_tokenizer(context)
     sources, heldout = [], []
     for name, weight in config.source_weights(context.stage).items():
         if weight == 0:
@@ -94,10 +103,10 @@ def new_model(context: StageContext, tokenizer: Tokenizer) -> Decoder:
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     model_config = ModelConfig.from_hf({**raw, **ends, **source.overrides}, origin=origin)
     check_vocab(tokenizer, model_config.vocab_size)
-    return Decoder(model_config).to(context.config.device).init_weights(context.config.seed)
+    return Decoder.build(model_config).to(context.config.device).init_weights(context.config.seed)
 
 
-def _tokenizer(context: StageContext) -> Tokenizer:
+def run_tokenizer(context: StageContext) -> Tokenizer:
     """The run's tokenizer: the one in its folder, else one that the recipe names or that is trained now."""
     settings, folder = context.config.tokenizer, context.folder / "tokenizer"
     if folder.is_dir():
@@ -114,7 +123,9 @@ def _tokenizer(context: StageContext) -> Tokenizer:
                 "a tokenizer is trained on text and this run has task sources only; give its path"
             )
         texts = (document.text for source in sources for document in _split(source)[0])
-        tokenizer = Tokenizer.train(texts, settings.vocab_size)
+        listens = any(isinstance(source, SpeechSource) for source in sources)
+        special_tokens = (*CHATML_TOKENS, *(TOKEN_STRINGS if listens else ()))
+        tokenizer = Tokenizer.train(texts, settings.vocab_size, special_tokens)
     fresh = folder.with_name(f".{folder.name}.writing")
     tokenizer.save(fresh)
     fresh.rename(folder)
@@ -129,6 +140,9 @@ def _split(source: SourceConfig) -> tuple[list[Document], list[Document]]:
     """Training and held-out documents of a text source."""
     if isinstance(source, PythonDocsSource):
         return split_heldout(python_docs(source.path), source.heldout_share)
+    if isinstance(source, SpeechSource):
+        train, heldout = clips_of(source)
+        return [clip.document for clip in train], [clip.document for clip in heldout]
     assert isinstance(source, TextDirSource), f"no reader for data kind {source.kind}"
     documents = text_dir(source.path, suffixes=source.suffixes, field=source.field)
     return split_heldout(documents, source.heldout_share)

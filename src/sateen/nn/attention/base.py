@@ -71,6 +71,7 @@ class LayerCache(Protocol):
         v_TKV: Tensor,
         *,
         cu_seqlens_q: Tensor,
+        scale: float | None = None,
         window: int | None = None,
         sink_N: Tensor | None = None,
         name: str = "kv",
@@ -81,7 +82,14 @@ class LayerCache(Protocol):
         """
         k, v, cu_seqlens_k = self.extend(k_TKH, v_TKV, name)
         return ops.attention(  # type: ignore[return-value]
-            q_TNH, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, window=window, sink_N=sink_N
+            q_TNH,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            scale=scale,
+            window=window,
+            sink_N=sink_N,
         )
 
 

@@ -106,13 +106,7 @@ def pack_phase(weight: PhaseWeight) -> PackedPhase:
             f"pack_phase takes uint8 codes [F,D] of 0..3; got {codes.dtype} {tuple(codes.shape)}"
             + (f" up to {int(codes.max())}" if codes.numel() else "")
         )
-    F, D = codes.shape
-    rows, columns = _padded(F, D)
-    whole = codes.new_zeros(rows, columns)
-    whole[:F, :D] = codes
-    quads = whole.view(rows, columns // CODES_PER_BYTE, CODES_PER_BYTE)
-    packed = quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
-    return PackedPhase(packed, weight.s_re, weight.s_im, F, D)
+    return PackedPhase(pack_codes(codes), weight.s_re, weight.s_im, *codes.shape)
 
 
 def unpack_phase(stored: PackedPhase) -> PhaseWeight:
@@ -121,18 +115,41 @@ def unpack_phase(stored: PackedPhase) -> PhaseWeight:
     Raises:
         ShapeError: the bytes do not have the size that the features ask for.
     """
-    rows, columns = _padded(stored.out_features, stored.in_features)
-    packed = stored.packed
-    if packed.dtype != torch.uint8 or packed.shape != (rows, columns // CODES_PER_BYTE):
+    codes = unpack_codes(stored.packed, stored.out_features, stored.in_features)
+    return PhaseWeight(codes, stored.s_re, stored.s_im)
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """The bytes [rows, columns / 4] of uint8 codes [F, D] of 0..3, padded with code 0; see `PackedPhase`."""
+    F, D = codes.shape
+    rows, quads = packed_shape(F, D)
+    whole = codes.new_zeros(rows, quads * CODES_PER_BYTE)
+    whole[:F, :D] = codes
+    parts = whole.view(rows, quads, CODES_PER_BYTE)
+    return parts[..., 0] | parts[..., 1] << 2 | parts[..., 2] << 4 | parts[..., 3] << 6
+
+
+def unpack_codes(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The uint8 codes [F, D] of their bytes.
+
+    Raises:
+        ShapeError: the bytes do not have the size that the features ask for.
+    """
+    shape = packed_shape(out_features, in_features)
+    if packed.dtype != torch.uint8 or packed.shape != shape:
         raise ShapeError(
-            f"unpack_phase needs uint8 {(rows, columns // CODES_PER_BYTE)} for {stored.out_features} rows of "
-            f"{stored.in_features} columns; got {packed.dtype} {tuple(packed.shape)}"
+            f"unpack_phase needs uint8 {shape} for {out_features} rows of {in_features} columns; got "
+            f"{packed.dtype} {tuple(packed.shape)}"
         )
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
     codes = (packed.unsqueeze(-1) >> shifts & 3).flatten(1)
-    return PhaseWeight(
-        codes[: stored.out_features, : stored.in_features].contiguous(), stored.s_re, stored.s_im
-    )
+    return codes[:out_features, :in_features].contiguous()
+
+
+def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
+    """Rows and bytes per row of a stored matrix."""
+    rows = -(-out_features // ROW_BLOCK) * ROW_BLOCK
+    return rows, -(-in_features // COLUMN_BLOCK) * COLUMN_BLOCK // CODES_PER_BYTE
 
 
 def signs(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +163,3 @@ def _mean(size: Tensor, chosen: Tensor, floor: float) -> Tensor:
     # `where`, not a product: an infinite weight of the other axis must not turn into NaN here.
     total = torch.where(chosen, size, 0.0).sum()
     return (total / chosen.sum().clamp(min=1)).clamp(min=floor)
-
-
-def _padded(rows: int, columns: int) -> tuple[int, int]:
-    return -(-rows // ROW_BLOCK) * ROW_BLOCK, -(-columns // COLUMN_BLOCK) * COLUMN_BLOCK

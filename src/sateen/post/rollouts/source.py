@@ -43,6 +43,24 @@ def draw_prompts(tasks: dict[str, tuple[Task, int]], seed: int) -> list[Prompt]:
     return prompts
 
 
+def by_domain(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean reward and mean reverse KL to the teacher of each domain, over the rollouts of one update.
+
+    The divergence is the mean over sampled tokens of log student - log teacher, in nats per token.
+    """
+    domains: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        domains.setdefault(rollout.domain, []).append(rollout)
+    found = {}
+    for domain, mine in sorted(domains.items()):
+        if len(domains) > 1:
+            found[f"reward_mean_{domain}"] = sum(r.reward for r in mine) / len(mine)
+        if mine[0].teacher_logprobs is not None:
+            gaps = [p - q for r in mine for p, q in zip(r.logprobs, r.teacher_logprobs or (), strict=True)]
+            found[f"reverse_kl_{domain}"] = sum(gaps) / len(gaps)
+    return found
+
+
 class RolloutSource:
     """An endless iterator of packed rollouts; implements `train.loop.BatchSource`.
 
@@ -94,6 +112,7 @@ class RolloutSource:
         rollouts = self._pending.pop(0)
         if self.annotate is not None:
             rollouts = self.annotate(rollouts)
+        self._metrics |= by_domain(rollouts)
         advantages = group_advantages([r.group for r in rollouts], [r.reward for r in rollouts])
         return pack_rollouts(rollouts, advantages)
 
@@ -120,7 +139,8 @@ class RolloutSource:
                     scheduler.finish_rollout(task)
                     group = groups[task] = self._judge(prompt_of[task], requests.pop(task))
                     correct = [rollout.is_correct for rollout in group]
-                    self.sampler.record(prompt_of[task], correct)
+                    if self.filter_metric != "none":  # where every answer teaches, none is too easy
+                        self.sampler.record(prompt_of[task], correct)
                     is_valid = is_informative(
                         [rollout.reward for rollout in group], correct, metric=self.filter_metric
                     )
@@ -165,6 +185,7 @@ class RolloutSource:
                     reward=float(is_correct),
                     is_correct=is_correct,
                     is_truncated=is_truncated,
+                    router_ids=output.router_ids,
                 )
             )
         return rollouts
@@ -181,7 +202,10 @@ class RolloutSource:
         }
 
     def metrics(self) -> dict[str, float]:
-        """Of the newest rollouts: mean reward, share of groups that teach, lengths, size of the easy pool."""
+        """Of the newest rollouts: mean reward, share of groups that teach, lengths, size of the easy pool.
+
+        Where there are several domains or teachers, also `reward_mean_DOMAIN` and `reverse_kl_DOMAIN`.
+        """
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,4 +221,12 @@ class RolloutSource:
         """Continues exactly after the batch at which `state_dict` was taken."""
         self.iteration, self.valid_share = state["iteration"], state["valid_share"]
         self.sampler.load_state_dict(state["sampler"])
-        self._pending = [[Rollout(**rollout) for rollout in rollouts] for rollouts in state["pending"]]
+        self._pending = [[_rollout(values) for values in rollouts] for rollouts in state["pending"]]
+
+
+def _rollout(values: dict[str, Any]) -> Rollout:
+    """A rollout from JSON, whose keys are all text."""
+    routes = values.get("router_ids")
+    if routes is not None:
+        values = values | {"router_ids": {int(layer): ids for layer, ids in routes.items()}}
+    return Rollout(**values)

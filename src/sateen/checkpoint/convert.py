@@ -1,0 +1,91 @@
+"""`sateen convert SRC DST`: a stored model in another form of its weights, as a directory of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sateen.checkpoint.hf import load_model, refuse_foreign, resolve, save
+from sateen.errors import ConfigError, unknown_name
+from sateen.models.decoder import Decoder
+from sateen.models.quant_config import METHODS, default_spec
+from sateen.models.quantize import linear_bytes, pack_model, quantize_model, unquantize_model
+
+log = logging.getLogger("sateen.checkpoint")
+
+WEIGHTS = ("keep", "packed", "float", *METHODS)
+
+
+def main(
+    source: str,
+    destination: str,
+    *,
+    weights: str = "keep",
+    stages: int | None = None,
+    activations: str | None = None,
+    skip: Sequence[str] | None = None,
+    dtype: str | None = None,
+) -> int:
+    """Prints the directory it wrote and returns the exit code.
+
+    Args:
+        source: a model directory, a run folder or a GGUF file.
+        destination: replaced when it is a model already, refused when it is anything else.
+        weights, stages, activations, skip: see `convert`.
+        dtype: of the tensors that stay in floating point; as stored when None.
+    """
+    refuse_foreign(Path(destination).resolve())
+    folder = resolve(source)
+    model = convert(
+        load_model(folder, dtype=dtype), weights=weights, stages=stages, activations=activations, skip=skip
+    )
+    if model.config.quant is not None:
+        found = linear_bytes(model)
+        bits = 8 * found["bytes"] / found["weights"]
+        log.info(
+            "%s: %d layers with %d weights take %d bytes, %.2f bits each",
+            model.config.quant.method, found["layers"], found["weights"], found["bytes"], bits,
+        )  # fmt: skip
+    save(model, destination, carry_from=folder)
+    print(destination)
+    return 0
+
+
+def convert(
+    model: Decoder,
+    *,
+    weights: str = "keep",
+    stages: int | None = None,
+    activations: str | None = None,
+    skip: Sequence[str] | None = None,
+) -> Decoder:
+    """The model in another form of its linear layers' weights.
+
+    Args:
+        weights: `keep` changes nothing; a quantisation method takes the weights as masters, quantised in
+            every forward; `packed` stores the codes of a quantised model; `float` takes a quantisation off.
+        stages: of `fairy2i`, bits per weight; the method's own number when None.
+        activations: `int8` or `float`; the method's own when None.
+        skip: dotted pieces of names of modules that stay as they are; `lm_head` when None.
+
+    Raises:
+        ConfigError: the model cannot take this form, or a setting belongs to another one.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(unknown_name("--weights", weights, WEIGHTS))
+    if stages is not None and weights != "fairy2i":
+        raise ConfigError(f"--stages is for --weights fairy2i; --weights is {weights}")
+    for flag, value in (("--activations", activations), ("--skip", skip)):
+        if value is not None and weights not in METHODS:
+            raise ConfigError(f"{flag} is for {', '.join(METHODS)}; --weights is {weights}")
+    if weights == "keep":
+        return model
+    if weights == "packed":
+        return pack_model(model)
+    if weights == "float":
+        return unquantize_model(model)
+    spec = default_spec(weights)
+    asked = {"stages": stages, "act": activations, "skip": None if skip is None else tuple(skip)}
+    return quantize_model(model, replace(spec, **{k: v for k, v in asked.items() if v is not None}))  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""MiMo-Audio: the audio tokenizer and the language model that reads and writes its codes."""
