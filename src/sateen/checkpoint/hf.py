@@ -78,8 +78,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if folder.is_file():
         return read_gguf_config(folder)
     try:
-        raw = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: cannot be read ({error})") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{folder / 'config.json'}: a JSON object is expected")
@@ -97,6 +97,8 @@ def shards(folder: Path) -> dict[str, Path]:
     if (folder / INDEX).is_file():
         try:
             weight_map = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+            if not all(isinstance(file, str) and "/" not in file for file in weight_map.values()):
+                raise TypeError("weight_map maps tensors to names of files beside it")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{folder / INDEX}: not a safetensors index ({error!r}); fetch or write it again"

@@ -38,6 +38,17 @@ NEUTRAL_KEYS = frozenset(
 )
 
 
+# Sizes and the most that a file may say; the layers are looped over before any tensor is looked for. Some may
+# be 0, for parts that a model does without.
+MAY_BE_ZERO = ("num_nextn_predict_layers", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")
+SIZES = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 1_000} | dict.fromkeys(
+    "hidden_size vocab_size intermediate_size num_attention_heads num_key_value_heads head_dim v_head_dim "
+    "moe_intermediate_size n_routed_experts num_experts_per_tok swa_num_attention_heads "
+    "swa_num_key_value_heads swa_head_dim swa_v_head_dim max_position_embeddings".split(),
+    2**31 - 1,
+)
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a checkpoint's tensor lives in the model: the whole parameter or a part of it.
@@ -132,6 +143,7 @@ class ModelConfig:
         """
         chosen = family(raw, origin)
         check_keys(raw, chosen.keys | NEUTRAL_KEYS, origin)
+        check_sizes(raw, origin)
         try:
             config = chosen.parse(raw)
         except KeyError as error:
@@ -187,7 +199,7 @@ def family(raw: Mapping[str, Any], origin: str) -> Family:
     Raises:
         ConfigError: `model_type` is missing or unknown.
     """
-    name = raw.get("model_type") or ""
+    name = str(raw.get("model_type") or "")
     # The first remote code of MiMo-V2-Flash left model_type empty; its architecture still tells.
     if not name and raw.get("architectures") == ["MiMoV2FlashForCausalLM"]:
         name = "mimo_v2_flash"
@@ -195,7 +207,7 @@ def family(raw: Mapping[str, Any], origin: str) -> Family:
     if name == "qwen2" and "speech_vocab_size" in raw:
         name = "mimo_audio"
     if name not in FAMILIES:
-        raise ConfigError(f"{origin}: {unknown_name('model_type', str(name), FAMILIES)}")
+        raise ConfigError(f"{origin}: {unknown_name('model_type', name, FAMILIES)}")
     chosen: Family = import_module(FAMILIES[name]).FAMILY
     return chosen
 
@@ -212,6 +224,19 @@ def check_keys(raw: Mapping[str, Any], known: Collection[str], origin: str) -> N
             )
     if unknown:
         log.info("%s: kept but not used: %s", origin, ", ".join(sorted(unknown)))
+
+
+def check_sizes(raw: Mapping[str, Any], origin: str) -> None:
+    """Refuses sizes that are no whole number above 0, or so large that only a damaged file can say so."""
+    for key, most in SIZES.items():
+        value = raw.get(key)
+        if value is None:
+            continue
+        least = 0 if key in MAY_BE_ZERO else 1
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ConfigError(
+                f"{origin}: {key} {value!r} is not accepted; accepted: whole numbers {least} to {most}"
+            )
 
 
 def plain_entries(name: str, shape: tuple[int, ...]) -> Iterator[Entry]:
