@@ -113,6 +113,10 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         help="of the linear layers: `packed` stores the codes of a quantised model, `float` takes a "
         "quantisation off, a method's name quantises and keeps the weights as masters (default: keep)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dialect", choices=("hub", "transformers"),
+        help="spelling of MiMo-V2-Flash's config.json (default: as it is)",
+    )  # fmt: skip
     parser.add_argument("--stages", type=_count, metavar="T", help="bits per weight of fairy2i (2)")
     parser.add_argument(
         "--activations", choices=("int8", "float"), help="of a method's layers (fairy2i: float, others: int8)"
@@ -309,6 +313,7 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "sateen.checkpoint.convert:main", "write a model in another form of its weights", _convert,
         ("convert runs/demo runs/demo-bf16 --dtype bfloat16",
+         "convert runs/demo runs/demo-theirs --dialect transformers",
          "convert runs/demo runs/demo-2bit --weights fairy2i --stages 2 --skip lm_head,experts",
          "convert runs/demo-2bit runs/demo-packed --weights packed"),
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from sateen.checkpoint.hf import load_model, refuse_foreign, resolve, save
 from sateen.errors import ConfigError, unknown_name
 from sateen.models.decoder import Decoder
+from sateen.models.mimo_v2_flash_dialects import in_dialect
 from sateen.models.quant_config import METHODS, default_spec
 from sateen.models.quantize import linear_bytes, pack_model, quantize_model, unquantize_model
 
@@ -27,6 +28,7 @@ def main(
     activations: str | None = None,
     skip: Sequence[str] | None = None,
     dtype: str | None = None,
+    dialect: str | None = None,
 ) -> int:
     """Prints the directory it wrote and returns the exit code.
 
@@ -35,12 +37,19 @@ def main(
         destination: replaced when it is a model already, refused when it is anything else.
         weights, stages, activations, skip: see `convert`.
         dtype: of the tensors that stay in floating point; as stored when None.
+        dialect: `hub` or `transformers`, how the config of MiMo-V2-Flash is spelt; as it is when None.
     """
     refuse_foreign(Path(destination).resolve())
     folder = resolve(source)
     model = convert(
         load_model(folder, dtype=dtype), weights=weights, stages=stages, activations=activations, skip=skip
     )
+    if dialect is not None:
+        model.config = in_dialect(model.config, dialect)
+        if dialect == "transformers" and model.num_mtp_heads:
+            log.warning(
+                "%s keeps its %d MTP heads; transformers drops them on load", destination, model.num_mtp_heads
+            )
     if model.config.quant is not None:
         found = linear_bytes(model)
         bits = 8 * found["bytes"] / found["weights"]
