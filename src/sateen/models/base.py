@@ -206,6 +206,11 @@ def family(raw: Mapping[str, Any], origin: str) -> Family:
     # MiMo-Audio calls itself by the family of its trunk; its audio keys tell.
     if name == "qwen2" and "speech_vocab_size" in raw:
         name = "mimo_audio"
+    if name == "mimo_v2":
+        raise ConfigError(
+            f"{origin}: model_type 'mimo_v2' (MiMo-V2.5, V2.6) stores q, k and v fused in shards, which is not "
+            "read here; readable: the MiMo-V2-Flash release with q_proj, k_proj and v_proj ('mimo_v2_flash')"
+        )
     if name not in FAMILIES:
         raise ConfigError(f"{origin}: {unknown_name('model_type', name, FAMILIES)}")
     chosen: Family = import_module(FAMILIES[name]).FAMILY
