@@ -208,7 +208,7 @@ def family(raw: Mapping[str, Any], origin: str) -> Family:
         name = "mimo_audio"
     if name == "mimo_v2":
         raise ConfigError(
-            f"{origin}: model_type 'mimo_v2' (MiMo-V2.5, V2.6) stores q, k and v fused in shards, which is not "
+            f"{origin}: model_type 'mimo_v2' (MiMo-V2.5, V2.6) fuses q, k and v in shards, which is not "
             "read here; readable: the MiMo-V2-Flash release with q_proj, k_proj and v_proj ('mimo_v2_flash')"
         )
     if name not in FAMILIES:
