@@ -152,9 +152,7 @@ def test_a_missing_key_and_an_unknown_family_say_so():
         ConfigError, match=r"unknown model_type 'qwen22'; did you mean qwen2\? \(known: .*llama"
     ):
         ModelConfig.from_hf(TINY | {"model_type": "qwen22"})
-    with pytest.raises(
-        ConfigError, match=r"'mimo_v2' .*fuses q.*readable: the MiMo-V2-Flash"
-    ):
+    with pytest.raises(ConfigError, match=r"'mimo_v2' .*fuses q.*readable: the MiMo-V2-Flash"):
         ModelConfig.from_hf(TINY | {"model_type": "mimo_v2"})
     with pytest.raises(ConfigError, match=r"unknown preset 'mimo-7c'; did you mean mimo-7b\?"):
         preset("mimo-7c")
