@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,3 +189,29 @@ def test_rows_are_rounded_the_same_however_they_arrive(dtype):
         assert paged_k.dtype == torch.float32
         assert torch.equal(paged_k[:, 0, 0], expected)
         assert torch.equal(ring_k[:, 0, 0], expected[-WINDOW:])
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's count of resident pages")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_rows_that_nobody_wrote_take_no_memory(dtype):
+    layout = KVLayout("paged", 2, 64, 64)
+    before = resident_bytes()
+    cache = KVCache(
+        ((layout,),),
+        num_pages=4000,
+        num_slots=2,
+        num_trunk_layers=1,
+        max_model_len=64,
+        num_draft=0,
+        dtype=dtype,
+    )
+    pool = cache.pools[0, "kv"]
+    size = pool.k_RKH.nbytes + pool.v_RKV.nbytes
+    assert size >= 4000 * PAGE * 2 * 128
+    assert resident_bytes() - before < size / 4
+    assert pool.k_RKH.data_ptr() % 64 == pool.v_RKV.data_ptr() % 64 == 0
+    assert not pool.k_RKH[:100].any()

@@ -7,6 +7,7 @@ letters: R rows of a pool, K key/value heads, H and V head sizes.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from sateen.engine.forward_cache import ForwardCache
 from sateen.nn.spec import KVLayout
 
 PAGE = 64  # tokens per page
+CACHE_LINE = 64  # bytes
 MEAN_ROWS = 256  # most rows that the mean of int8 keys is taken over
 
 Rows = NDArray[np.int64]
@@ -129,8 +131,8 @@ class KVCache:
         ring = self._ring_rows(index, layout) if layout.kind == "ring" else 0
         rows = self.num_slots * ring if ring else self.num_pages * PAGE
         shape = rows, layout.num_kv_heads
-        k = torch.zeros(*shape, layout.head_dim, dtype=self.dtype, device=self.device)
-        v = torch.zeros(*shape, layout.v_head_dim, dtype=self.dtype, device=self.device)
+        k = _zeros((*shape, layout.head_dim), self.dtype, self.device)
+        v = _zeros((*shape, layout.v_head_dim), self.dtype, self.device)
         if self.dtype != torch.int8:
             return Pool(layout, k, v, ring)
         k_scale, v_scale = (torch.zeros(*shape, device=self.device) for _ in range(2))
@@ -230,6 +232,17 @@ class KVCache:
             if pool.scales is not None:
                 total[pool.layout.kind] += pool.scales.k_mean_LKH[:1].nbytes
         return total
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory a CPU hands out where they are first written, so that an idle cache takes none."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    # numpy asks the system for zeroed pages, torch would write them. Rows begin at cache lines, as torch's.
+    raw = np.zeros(size + CACHE_LINE, dtype=np.uint8)
+    start = -raw.ctypes.data % CACHE_LINE
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
 
 
 def page_bytes(layouts: Sequence[tuple[KVLayout, ...]], dtype: torch.dtype) -> int:
