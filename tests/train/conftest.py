@@ -1,16 +1,28 @@
-"""Speech-like sounds made of nothing, for tests of the audio stages: voiced syllables with two formants."""
+"""Small corpora made of nothing: random words, and voiced syllables with two formants."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+WORDS = ["warp", "weft", "loom", "thread", "satin", "weave", "silk", "cotton", "shuttle", "reed", "heddle"]
 RATE = 16000
 VOWELS = {"a": (800, 1200), "e": (500, 1900), "i": (300, 2300), "o": (500, 900), "u": (320, 800)}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty small documents of random words."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = random.Random(0)
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choices(WORDS, k=60)))
+    return folder
 
 
 def _syllables(text: str, rng: np.random.Generator) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Named stages: their models stay, later stages begin from them, and a killed run finds them again."""
 
-import random
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from sateen.errors import CheckpointError
 from sateen.run import read_progress, run_receipt, run_recipe
 from sateen.train.metrics import read_metrics
 
-WORDS = ["warp", "weft", "loom", "thread", "satin", "weave", "silk", "cotton", "shuttle", "reed", "heddle"]
 TOKENS = 128
 
 
@@ -53,15 +51,6 @@ def fork(texts: Path, left_steps: int = 2) -> RunConfig:
         stage(left_steps, name="left", start_from="trunk"),
         stage(2, name="right", start_from="trunk"),
     )
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    rng = random.Random(0)
-    for i in range(60):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choices(WORDS, k=60)))
-    return folder
 
 
 @pytest.fixture(scope="module")

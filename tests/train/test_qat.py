@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,6 @@ from sateen.nn.complex import ComplexLinear
 from sateen.nn.spec import QuantSpec
 from sateen.train.metrics import read_metrics
 from sateen.train.qat import quant_spec
-
-WORDS = ["warp", "weft", "loom", "thread", "satin", "weave", "silk", "cotton", "shuttle", "reed", "heddle"]
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    rng = random.Random(0)
-    for i in range(60):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choices(WORDS, k=60)))
-    return folder
 
 
 def recipe(texts: Path, *stages: dict, model: dict | None = None, vocabulary: int = 300) -> RunConfig:

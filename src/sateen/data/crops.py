@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sateen.data.audio import WaveFile
-from sateen.errors import ConfigError
+from sateen.data.drawn import DrawnBatches
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class WaveBatch:
         return replace(self, wave_BN=self.wave_BN.to(device))
 
 
-class CropLoader:
+class CropLoader(DrawnBatches):
     """Endless batches of random crops, every second of every source's audio equally likely.
 
     Batch i depends on the seed and i alone, so its state is a count. A clip shorter than a crop is whole in
@@ -52,6 +51,8 @@ class CropLoader:
         seed: of the choice.
     """
 
+    what = "crops"
+
     def __init__(
         self,
         sources: Sequence[tuple[WaveFile, float]],
@@ -63,7 +64,7 @@ class CropLoader:
     ):
         self.files = [file for file, _ in sources]
         self.crops, self.frames, self.length = crops, frames, frames * samples_per_frame
-        self.seed, self.index = seed, 0
+        super().__init__(seed)
         weights = np.array([weight for _, weight in sources])
         self._source_odds = weights / weights.sum()
         sizes = [np.diff(file.offsets).astype(np.float64) for file in self.files]
@@ -71,10 +72,9 @@ class CropLoader:
 
     def __next__(self) -> WaveBatch:
         """The next batch."""
-        rng = np.random.default_rng((self.seed, self.index))
         num_frames = self.crops * self.frames
         first_frame = self.index * num_frames
-        self.index += 1
+        rng = self.next_generator()
         waves, texts = [], []
         for _ in range(self.crops):
             which = int(rng.choice(len(self.files), p=self._source_odds))
@@ -85,16 +85,3 @@ class CropLoader:
             waves.append(file.piece(clip, start, self.length))
             texts.append(file.clips[clip].text if spare <= 0 else None)
         return WaveBatch(torch.stack(waves), tuple(texts), num_frames, first_frame)
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing: crops have no values of their own."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"index": self.index, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues behind the batches that the state has counted."""
-        if state["seed"] != self.seed:
-            raise ConfigError(f"the crops were drawn with seed {state['seed']}, not {self.seed}")
-        self.index = int(state["index"])

@@ -75,7 +75,33 @@ def is_held_out(key: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-class Sums(Task, name="sums"):
+class _HeldOut(Task):
+    """A task on digits, a share of whose questions training never sees.
+
+    Attributes:
+        questions: what is held out, for messages.
+        least_digits: fewest digits that make a question.
+        is_heldout: examples come from the held-out questions, instead of the others.
+        num_digits: digits of a question's numbers.
+        heldout_share: share of the questions that are held out.
+    """
+
+    questions: ClassVar[str]
+    least_digits: ClassVar[int]
+
+    def __init__(self, is_heldout: bool, num_digits: int, heldout_share: float):
+        least = self.least_digits
+        if num_digits < least or not 0 <= heldout_share < 1 or (is_heldout and heldout_share == 0):
+            raise ConfigError(
+                f"{self.name}: num_digits {num_digits} must be at least {least}, heldout_share "
+                f"{heldout_share} below 1 and above 0 to draw held-out {self.questions}"
+            )
+        self.is_heldout = is_heldout
+        self.num_digits = num_digits
+        self.heldout_share = heldout_share
+
+
+class Sums(_HeldOut, name="sums"):
     """Sums of two numbers, written column by column from the right: `47+85=` -> `7+5=12,4+8+1=13,132`.
 
     A column is written as its digits and the carry, so no token needs more than three earlier ones. The sums
@@ -83,6 +109,7 @@ class Sums(Task, name="sums"):
     """
 
     chance = 0.0
+    questions, least_digits = "pairs", 1
 
     def __init__(self, *, is_heldout: bool = False, num_digits: int = 2, heldout_share: float = 0.2):
         """A generator of sums.
@@ -92,14 +119,7 @@ class Sums(Task, name="sums"):
             num_digits: digits of both operands.
             heldout_share: share of the pairs that are held out; a pair's order does not matter.
         """
-        if num_digits < 1 or not 0 <= heldout_share < 1 or (is_heldout and heldout_share == 0):
-            raise ConfigError(
-                f"sums: num_digits {num_digits} must be at least 1, heldout_share {heldout_share} below 1 "
-                "and above 0 to draw held-out pairs"
-            )
-        self.is_heldout = is_heldout
-        self.num_digits = num_digits
-        self.heldout_share = heldout_share
+        super().__init__(is_heldout, num_digits, heldout_share)
 
     def holds_out(self, a: int, b: int) -> bool:
         """Whether training never sees this pair of operands, in either order."""
@@ -131,25 +151,17 @@ class Sums(Task, name="sums"):
         return output_text.strip().split(",")[-1].strip() == example.answer
 
 
-class _Digits(Task):
+class _Digits(_HeldOut):
     """The task's name and a row of digits, `NAME 40317=`; the answer is those digits in another order.
 
     Attributes:
-        is_heldout: examples come from the rows that training never sees, instead of the others.
-        num_digits: length of the row.
-        heldout_share: share of the rows that are held out.
         chance: of writing the row's digits in a random order.
     """
 
+    questions, least_digits = "rows", 2
+
     def __init__(self, *, is_heldout: bool = False, num_digits: int = 8, heldout_share: float = 0.2):
-        if num_digits < 2 or not 0 <= heldout_share < 1 or (is_heldout and heldout_share == 0):
-            raise ConfigError(
-                f"{self.name}: num_digits {num_digits} must be at least 2, heldout_share {heldout_share} "
-                "below 1 and above 0 to draw held-out rows"
-            )
-        self.is_heldout = is_heldout
-        self.num_digits = num_digits
-        self.heldout_share = heldout_share
+        super().__init__(is_heldout, num_digits, heldout_share)
         # A row's digits in a random order are any given order of it as often as a random row is ascending.
         self.chance = math.comb(num_digits + 9, 9) / 10**num_digits
 

@@ -14,17 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from sateen.engine.forward_cache import ForwardCache
+from sateen.engine.forward_cache import ForwardCache, Rows
 from sateen.nn.spec import KVLayout
 
 PAGE = 64  # tokens per page
 CACHE_LINE = 64  # bytes
 MEAN_ROWS = 256  # most rows that the mean of int8 keys is taken over
-
-Rows = NDArray[np.int64]
 
 
 @dataclass(eq=False)

@@ -17,10 +17,10 @@ from torch import Tensor
 from sateen import ops
 from sateen.errors import BackendUnavailable
 
-Rows = NDArray[np.int64]
-
 if TYPE_CHECKING:
     from sateen.engine.cache import CacheEntry, KVCache, Pool
+
+Rows = NDArray[np.int64]  # row numbers of a pool
 
 
 class RowIndex(NamedTuple):
@@ -157,10 +157,10 @@ class ForwardCache:
             self._tensor(write), self._tensor(read), offsets, self._tensor(order), self._tensor(keep)
         )
 
-    def _tensor(self, rows: NDArray[np.int64]) -> Tensor:
+    def _tensor(self, rows: Rows) -> Tensor:
         return torch.from_numpy(rows).to(self.cache.device)
 
-    def _compact(self, rows: NDArray[np.int64]) -> Tensor | slice:
+    def _compact(self, rows: Rows) -> Tensor | slice:
         """A range instead of an index where the rows are consecutive: reading is then free."""
         first, last = int(rows[0]), int(rows[-1])
         if last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sateen.data.audio import WaveFile
+from sateen.data.drawn import DrawnBatches
 from sateen.errors import ConfigError
 from sateen.models.mimo_audio.layout import AudioBatch, AudioLayout, audio_input, join, pack, part
 from sateen.models.mimo_audio.prompts import Prompts
@@ -52,7 +53,7 @@ def encode_clips(file: Path, waves: WaveFile, tokenizer: AudioTokenizer) -> list
     return codes
 
 
-class DocumentLoader:
+class DocumentLoader(DrawnBatches):
     """Endless batches of documents drawn at random; batch i depends on the seed and i alone.
 
     Args:
@@ -63,6 +64,8 @@ class DocumentLoader:
         seq_len: longest document. Longer speech alone is cut; clips too long for a task are not drawn for it.
         seed: of the choice.
     """
+
+    what = "documents"
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class DocumentLoader:
         seed: int,
     ):
         self.prompts, self.positions, self.seq_len = prompts, positions, seq_len
-        self.seed, self.index = seed, 0
+        super().__init__(seed)
         self.sources = [clips for clips, _ in sources]
         self.source_odds = _shares([weight for _, weight in sources])
         self.tasks = [task for task, weight in tasks.items() if weight > 0]
@@ -83,8 +86,7 @@ class DocumentLoader:
 
     def __next__(self) -> AudioBatch:
         """The next batch."""
-        rng = np.random.default_rng((self.seed, self.index))
-        self.index += 1
+        rng = self.next_generator()
         documents: list[AudioLayout] = []
         room = self.positions
         for document in iter(lambda: self._draw(rng), None):
@@ -115,19 +117,6 @@ class DocumentLoader:
             return join([prompts.tts(clip.text), prompts.answer_speech(clip.text, clip.codes_TR)])
         assert task == "continuation", task
         return audio_input(spec, clip.codes_TR).learnt(spec)
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing: documents have no values of their own."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"index": self.index, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues behind the batches that the state has counted."""
-        if state["seed"] != self.seed:
-            raise ConfigError(f"the documents were drawn with seed {state['seed']}, not {self.seed}")
-        self.index = int(state["index"])
 
 
 def _shares(weights: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
