@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import ROOT, is_dirty, publish, quartiles, result_file, revision
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,7 +28,6 @@ from sateen import ops
 from sateen.ops.native import native
 from sateen.receipt.machine import hardware, versions
 
-ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "ops" / "test_attention_native.py"
 N, H = 8, 64
 WARMUP = 2
@@ -93,19 +91,9 @@ def measure(both: tuple[Side, Side], pairs: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     rows = {"ours_ms": times[0], "peer_ms": times[1], "ratio": [b / a for a, b in zip(*times, strict=True)]}
     for name, values in rows.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        result |= {
-            f"{name}_p25": round(low, 3),
-            f"{name}_median": round(middle, 3),
-            f"{name}_p75": round(high, 3),
-        }
+        found = quartiles(values)
+        result |= {f"{name}_{key}": round(found[key], 3) for key in ("p25", "median", "p75")}
     return result
-
-
-def git(*words: str) -> str:
-    return subprocess.run(
-        ["git", "-C", ROOT, *words], capture_output=True, text=True, check=False
-    ).stdout.strip()
 
 
 def main() -> int:
@@ -129,24 +117,19 @@ def main() -> int:
                 row = {**shape, "direction": direction, "peer": peer, **measure(both, options.pairs)}
                 print(json.dumps(row), file=sys.stderr)
                 results.append(row)
-    machine = hardware()
     document = {
         "what": "attention on the CPU, float32; ratio = torch SDPA's time / ours",
         "command": f"python benchmarks/attention.py --pairs {options.pairs}",
-        "hardware": {**machine, "threads": torch.get_num_threads(), "isa": native().current_isa()},
+        "hardware": {**hardware(), "threads": torch.get_num_threads(), "isa": native().current_isa()},
         "versions": versions(),
-        "revision": git("rev-parse", "HEAD"),
-        "is_dirty": bool(git("status", "--porcelain", "native", "src/sateen/ops", "benchmarks/attention.py")),
+        "revision": revision(),
+        "is_dirty": is_dirty("native", "src/sateen/ops", "benchmarks/attention.py"),
         "dtype": "float32",
         "warmup": WARMUP,
         "pairs": options.pairs,
         "results": results,
     }
-    text = json.dumps(document, indent=2) + "\n"
-    cpu = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    path = options.out or ROOT / "benchmarks" / "results" / f"attention-{cpu}.json"
-    path.write_text(text, encoding="utf-8")
-    print(text, end="")
+    publish(document, options.out or result_file("attention"))
     return 0
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path
 
 import numpy as np
+from _results import publish
 
 from sateen.placement import balancedness_ratio_of_sums, evaluate, load_trace, plan, states
 from sateen.placement.forecast import CHEAP
@@ -26,10 +26,7 @@ def main() -> None:
         "trace": flags.trace.name, "machine": platform.machine(), "numpy": np.__version__,
         "runs": {run: measure(flags.trace, run) for run in runs}, "planning": planning(),
     }  # fmt: skip
-    words = json.dumps(result, indent=1)
-    print(words)
-    if flags.out:
-        flags.out.write_text(words + "\n")
+    publish(result, flags.out, indent=1)
 
 
 def measure(file: Path, run: str) -> dict[str, object]:

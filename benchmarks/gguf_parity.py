@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _gguf import rewrite
+from _results import ROOT, is_dirty, publish, revision
 
 from sateen import LLM, SamplingParams
 from sateen.receipt.machine import hardware, versions
 
-ROOT = Path(__file__).parents[1]
 PLAIN = (
     "The capital of France is",
     "Once upon a time, there was a little girl who",
@@ -51,27 +52,6 @@ QUESTIONS = (
     "Why is the sky blue?",
     "What does the word 'naïve' mean?",
 )
-
-
-def write_f16(source: Path, target: Path) -> None:
-    """The same model with every matrix as F16 and everything else as it is."""
-    import gguf
-
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    skipped = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
-    for key, field in reader.fields.items():
-        if not key.startswith(skipped):
-            inner = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype("float16") if values.ndim > 1 else values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def run_ours(model: Path, num_tokens: int) -> list[dict[str, Any]]:
@@ -127,12 +107,6 @@ def compare(prompts: list[dict[str, Any]], answers: list[dict[str, Any]], tie: f
     }
 
 
-def git(*words: str) -> str:
-    return subprocess.run(
-        ["git", "-C", ROOT, *words], capture_output=True, text=True, check=False
-    ).stdout.strip()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,7 +119,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "f16.gguf"
-        write_f16(options.model, plain)
+        rewrite(options.model, plain, "F16")
         began = resource.getrusage(resource.RUSAGE_SELF).ru_utime
         prompts = run_ours(plain, options.tokens)
         ours_s = resource.getrusage(resource.RUSAGE_SELF).ru_utime - began
@@ -169,15 +143,13 @@ def main() -> int:
         },
         "hardware": {**hardware(), "threads": torch.get_num_threads()},
         "versions": versions() | {"llama-cpp-python": answer["version"]},
-        "revision": git("rev-parse", "HEAD"),
-        "is_dirty": bool(git("status", "--porcelain", "src/sateen", "benchmarks/gguf_parity.py")),
+        "revision": revision(),
+        "is_dirty": is_dirty("src/sateen", "benchmarks/gguf_parity.py"),
         "tie": options.tie,
         **found,
         "cpu_s": {"ours": round(ours_s, 1), "llama.cpp": round(answer["cpu_s"], 1)},
     }
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    options.out.write_text(text, encoding="utf-8")
-    print(text, end="")
+    publish(document, options.out)
     return 0 if found["greedy_mismatches"] == found["greedy_mismatches_that_are_ties"] else 1
 
 

@@ -11,24 +11,21 @@ computes the integer products in float32; they say nothing about the speed of an
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _results import is_dirty, publish, result_file, revision
 from torch import Tensor
 from torch.nn import functional as F
 
 from sateen import ops
 from sateen.receipt.machine import hardware, versions
 
-ROOT = Path(__file__).parents[1]
 HEADS, CHANNELS = 4, 64
 WARMUP, REPEATS = 1, 5
 
@@ -157,12 +154,6 @@ def milliseconds(run: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def git(*words: str) -> str:
-    return subprocess.run(
-        ["git", "-C", ROOT, *words], capture_output=True, text=True, check=False
-    ).stdout.strip()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -192,27 +183,22 @@ def main() -> int:
             for name in ("float32", "bfloat16", "half INT8, ours", "full INT8, ours")
         },
     }
-    machine = hardware()
     arguments = f"--tokens {' '.join(map(str, options.tokens))} --seeds {options.seeds}"
     document = {
         "what": "errors against float64 attention, no mask, mean over seeds; MRE = mean |o - o_ref| / "
         "(|o_ref| + 1e-5) over the whole output",
         "command": f"sateen bench int8-attention {arguments}",
-        "hardware": {**machine, "threads": torch.get_num_threads()},
+        "hardware": {**hardware(), "threads": torch.get_num_threads()},
         "versions": versions(),
-        "revision": git("rev-parse", "HEAD"),
-        "is_dirty": bool(git("status", "--porcelain", "src/sateen/ops", "benchmarks/int8_attention.py")),
+        "revision": revision(),
+        "is_dirty": is_dirty("src/sateen/ops", "benchmarks/int8_attention.py"),
         "heads": HEADS,
         "head_dim": CHANNELS,
         "inputs": {name: words for name, (words, _) in INPUTS.items()},
         "results": results,
         "speed": speed,
     }
-    text = json.dumps(document, indent=2) + "\n"
-    cpu = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    path = options.out or ROOT / "benchmarks" / "results" / f"int8-attention-{cpu}.json"
-    path.write_text(text, encoding="utf-8")
-    print(text, end="")
+    publish(document, options.out or result_file("int8-attention"))
     return 0
 
 

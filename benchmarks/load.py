@@ -6,18 +6,17 @@ Both sides end when every parameter byte has been read once; they run in turn, i
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _results import publish, quartiles
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sateen.checkpoint.hf import load
+from sateen.checkpoint.load import load
 from sateen.receipt import hardware, versions
 
 
@@ -45,26 +44,17 @@ def main() -> None:
     result: dict[str, Any] = {
         "bytes": sum(file.stat().st_size for file in files),
         "pairs": flags.pairs,
-        **{f"{name}_s": quartiles(values) for name, values in seconds.items()},
-        "ratio": quartiles([ours / theirs for ours, theirs in pairs]),
+        **{f"{name}_s": quartiles(values, method="inclusive") for name, values in seconds.items()},
+        "ratio": quartiles([ours / theirs for ours, theirs in pairs], method="inclusive"),
         "hardware": hardware(),
         "versions": versions(),
     }
-    words = json.dumps(result, indent=1)
-    print(words)
-    if flags.out:
-        flags.out.write_text(words + "\n")
+    publish(result, flags.out, indent=1)
 
 
 def touch(tensors: Iterable[Tensor]) -> int:
     """A sum over all bytes, so that none stays unread."""
     return sum(int(tensor.detach().view(-1).view(torch.uint8).sum()) for tensor in tensors)
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "p25": low, "p75": high}
 
 
 if __name__ == "__main__":

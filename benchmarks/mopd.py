@@ -8,8 +8,6 @@ RUN is the finished folder of a recipe with a `mopd` stage. Questions are held-o
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import publish, revision
 
 from sateen.checkpoint.average import average
-from sateen.checkpoint.hf import resolve
+from sateen.checkpoint.shards import resolve
 from sateen.checkpoint.state import kept_model
 from sateen.config import MOPDConfig, RunConfig, TaskSource, load_recipe
 from sateen.engine.engine import LLM
 from sateen.errors import ConfigError
 from sateen.eval.tasks import evaluate_task
-from sateen.receipt import hardware, versions, write_atomically
+from sateen.receipt import hardware, versions
 from sateen.run import SETTINGS, is_finished, read_progress
 from sateen.train.metrics import read_metrics
 from sateen.train.prepare import build_task
@@ -46,11 +45,7 @@ def main() -> None:
     flags = parser.parse_args()
     document = study(flags.run, flags.num_examples, flags.seed)
     print("\n".join(lines(document)), file=sys.stderr)
-    text = json.dumps(document, indent=1) + "\n"
-    print(text, end="")
-    if flags.out:
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(flags.out, text)
+    publish(document, flags.out, indent=1)
 
 
 def study(run: Path, num_examples: int, seed: int) -> dict[str, Any]:
@@ -72,7 +67,6 @@ def study(run: Path, num_examples: int, seed: int) -> dict[str, Any]:
         scores = {domain: accuracy(config, llm, domain, num_examples, seed) for domain in domains}
         rows.append({"model": label, "domains": scores})
     seconds = read_progress(run, config)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
     return {
         "what": "greedy accuracy on held-out questions",
         "recipe": config.name,
@@ -87,7 +81,7 @@ def study(run: Path, num_examples: int, seed: int) -> dict[str, Any]:
         "reverse_kl": divergences(run, stage),
         "hardware": hardware(),
         "versions": versions(),
-        "commit": commit.strip() or None,
+        "commit": revision(),
         "commands": [f"sateen train {config.name} --out {run}", f"sateen bench mopd {run}"],
     }
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _results import ROOT, revision
+
 from sateen.checkpoint.state import kept_model
 from sateen.config import RunConfig, load_recipe
 from sateen.receipt import hardware, versions, write_atomically
 from sateen.run import is_finished, read_progress
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,13 @@ def one_run(name: str, plan: Plan, seed: int, runs: Path, is_fresh: bool) -> dic
 
 def document(name: str, plan: Plan, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What the JSON of a recipe holds."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "what": "quality before and after; seconds of every stage on the clock and of the process",
         "recipe": name,
         "files": [f"recipes/{recipe}.toml" for recipe in plan.recipes],
         "hardware": hardware(),
         "versions": versions(),
-        "commit": commit or None,
+        "commit": revision(),
         "command": f"sateen bench recipes --only {name}",
         "runs": runs,
     }

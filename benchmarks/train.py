@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,12 +21,14 @@ from typing import Any
 
 import torch
 import transformers
+from _results import publish, quartiles, revision
 from torch import nn
 
 from sateen.config import AdamWConfig
 from sateen.data.packing import PackedBatch, pack
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
+from sateen.receipt import hardware
 from sateen.train.objective import CrossEntropy, TokenObjective
 from sateen.train.optim import build_optimizer
 from sateen.train.step import TrainStep
@@ -140,7 +140,7 @@ def measure(shape: str, dtype: torch.dtype, is_compiled: bool, pairs: int) -> di
             sides[side]()
             times[side].append(time.perf_counter() - began)
     ratios = [b / a for a, b in zip(*times, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    ratio = quartiles(ratios)
     count = BATCH * LENGTH
     return {
         "shape": shape,
@@ -151,20 +151,8 @@ def measure(shape: str, dtype: torch.dtype, is_compiled: bool, pairs: int) -> di
         "warmup_steps": 2,
         "ours_tokens_per_s": round(count / statistics.median(times[0])),
         "peer_tokens_per_s": round(count / statistics.median(times[1])),
-        "ratio_p25": round(low, 3),
-        "ratio_median": round(middle, 3),
-        "ratio_p75": round(high, 3),
+        **{f"ratio_{key}": round(ratio[key], 3) for key in ("p25", "median", "p75")},
     }
-
-
-def hardware() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    name = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return {"cpu": name, "threads": torch.get_num_threads(), "isa": torch.backends.cpu.get_cpu_capability()}
 
 
 def main() -> None:
@@ -187,21 +175,21 @@ def main() -> None:
                 result = measure(shape, getattr(torch, dtype), mode == "compiled", options.pairs)
                 print(json.dumps(result), file=sys.stderr)
                 results.append(result)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     document = {
         "what": "training step, tokens per second; ratio = ours / peer",
         "batch": BATCH,
         "length": LENGTH,
         "vocab_size": VOCAB,
-        "hardware": hardware(),
+        "hardware": {
+            "cpu": hardware()["cpu"],
+            "threads": torch.get_num_threads(),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+        },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "revision": git.stdout.strip() or None,
+        "revision": revision(),
         "results": results,
     }
-    text = json.dumps(document, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    publish(document, options.out)
 
 
 if __name__ == "__main__":

@@ -15,24 +15,6 @@ inline bool fits_few_rows(const AttentionShape& p, long rows) {
     return rows <= kFewRows && p.H % W == 0 && p.V % W == 0;
 }
 
-template <int D>
-SATEEN_INLINE void halve(vfloat (&rows)[W]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < D; ++i) {
-        exchange<D>(rows[i], rows[i + D], std::make_integer_sequence<int, W>{});
-        rows[i] += rows[i + D];
-    }
-}
-
-// Lane i is the sum over the lanes of vector i.
-SATEEN_INLINE vfloat sum_each(vfloat (&rows)[W]) {
-    if constexpr (W > 8) halve<8>(rows);
-    if constexpr (W > 4) halve<4>(rows);
-    halve<2>(rows);
-    halve<1>(rows);
-    return rows[0];
-}
-
 // Scores of one row and keys [begin, end), -inf where not visible; returns the largest.
 inline float few_scores(const AttentionShape& p, const Tile& tile, long row, const float* q, long k0, long head, long begin,
                         long end, float* scores) {
@@ -59,6 +41,32 @@ inline float few_scores(const AttentionShape& p, const Tile& tile, long row, con
     return largest;
 }
 
+// Folds keys [begin, end), at most kFewRowsKeys, into what the online softmax of some rows carries: `top` and `sum` [rows],
+// `out` [rows, V]. `query(i)` is row i's channels times scale * log2(e); `scores` is scratch of [rows, kFewRowsKeys].
+template <typename RowAt>
+SATEEN_INLINE void fold_few_rows(const AttentionShape& p, const Tile& tile, RowAt query, long k0, long head, long begin, long end,
+                                 float* scores, float* top, float* sum, float* out) {
+    const long rows = tile.last - tile.first;
+    for (long i = 0; i < rows; ++i) {
+        float* const x = scores + i * kFewRowsKeys;
+        const float before = top[i], largest = few_scores(p, tile, i, query(i), k0, head, begin, end, x);
+        top[i] = largest > before ? largest : before;
+        const float base = top[i] == -kInf ? 0.0f : top[i];
+        const float shrink = exp2_fast(splat(before - base))[0];
+        vfloat total{};
+        for (long s = 0; s < end - begin; s += W) {
+            const vfloat weight = exp2_fast(load(x + s) - base);
+            total += weight;
+            store(x + s, weight);
+        }
+        sum[i] = sum[i] * shrink + sum_lanes(total);
+        if (shrink != 1.0f)
+            for (long c = 0; c < p.V; c += W) store(out + i * p.V + c, load(out + i * p.V + c) * shrink);
+    }
+    multiply<false, Into::add>({scores, kFewRowsKeys, p.v.at(k0 + begin, head), p.v.token_stride, out, p.V}, rows, p.V,
+                               end - begin);
+}
+
 // Attends to keys [from, to) of one tile of at most kFewRows rows; `top`, `sum` [rows] and `out` [rows, V] are set.
 // `query(i)` is row i's channels; q and memory are scratch of [rows, H] and [rows, kFewRowsKeys].
 template <typename RowAt>
@@ -70,25 +78,10 @@ void attend_few_rows(const AttentionShape& p, const Tile& tile, RowAt query, lon
         for (long h = 0; h < p.H; h += W) store(q + i * p.H + h, load(query(i) + h) * (p.scale * kLog2e));
         for (long c = 0; c < p.V; c += W) store(out + i * p.V + c, vfloat{});
     }
+    const auto scaled = [&](long i) { return q + i * p.H; };
     for (long begin = from; begin < to; begin += kFewRowsKeys) {
         const long end = begin + kFewRowsKeys < to ? begin + kFewRowsKeys : to;
-        for (long i = 0; i < rows; ++i) {
-            float* const x = scores + i * kFewRowsKeys;
-            const float before = top[i], largest = few_scores(p, tile, i, q + i * p.H, k0, head, begin, end, x);
-            top[i] = largest > before ? largest : before;
-            const float base = top[i] == -kInf ? 0.0f : top[i];
-            const float shrink = exp2_fast(splat(before - base))[0];
-            vfloat total{};
-            for (long s = 0; s < end - begin; s += W) {
-                const vfloat weight = exp2_fast(load(x + s) - base);
-                total += weight;
-                store(x + s, weight);
-            }
-            sum[i] = sum[i] * shrink + sum_lanes(total);
-            for (long c = 0; c < p.V; c += W) store(out + i * p.V + c, load(out + i * p.V + c) * shrink);
-        }
-        multiply<false, Into::add>({scores, kFewRowsKeys, p.v.at(k0 + begin, head), p.v.token_stride, out, p.V}, rows, p.V,
-                                   end - begin);
+        fold_few_rows(p, tile, scaled, k0, head, begin, end, scores, top, sum, out);
     }
 }
 

@@ -6,14 +6,23 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "attention.h"
 #include "isa.h"
+#include "linear.h"
 
 namespace nb = nanobind;
+
+namespace sateen {
+void bind_decode(nb::module_& m);  // bindings_decode.cpp
+}
 
 namespace {
 
@@ -92,6 +101,39 @@ void attention_backward(const Array3& d_out, const Array3& q, const Array3& k, c
     SATEEN_DISPATCH(attention_backward, p);
 }
 
+using Bytes = nb::ndarray<const unsigned char, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Asks for pages of 2 MB where the system has them on request; true where it took the advice.
+bool advise_huge_pages(const nb::ndarray<unsigned char, nb::ndim<1>, nb::c_contig, nb::device::cpu>& memory) {
+#ifdef __linux__
+    constexpr size_t kPage = size_t(1) << 21;
+    const size_t from = (size_t(memory.data()) + kPage - 1) / kPage * kPage;
+    const size_t to = (size_t(memory.data()) + memory.shape(0)) / kPage * kPage;
+    return to > from && madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE) == 0;
+#else
+    return memory.shape(0) == 0;
+#endif
+}
+
+void linear_forward(int format, long rows, long columns, const Bytes& weight, const std::optional<Bytes>& scales,
+                    const std::optional<Array1>& bias, const Array2& x, int num_threads, Dense2& out) {
+    require(format >= 0 && format <= int(sateen::Format::int4), "an unknown format");
+    sateen::LinearForward p;
+    p.linear = {sateen::Format(format), rows, columns, weight.data(), scales ? scales->data() : nullptr,
+                bias ? bias->data() : nullptr};
+    const sateen::LinearBytes bytes = linear_bytes(p.linear.format, rows, columns);
+    require(rows > 0 && columns > 0 && weight.shape(0) == size_t(bytes.weight), "the weight has the bytes of its format");
+    require((scales ? scales->shape(0) : 0) == size_t(bytes.scales), "the scales have the bytes of their format");
+    require(!bias || bias->shape(0) == size_t(rows), "bias is [rows]");
+    require(x.shape(1) == size_t(columns), "x is [M, columns]");
+    require(out.shape(0) == x.shape(0) && out.shape(1) == size_t(rows), "out is [M, rows]");
+    require(num_threads > 0, "at least one thread");
+    p.x = x.data(), p.M = long(x.shape(0)), p.x_stride = columns;
+    p.y = out.data(), p.y_stride = rows, p.num_threads = num_threads;
+    nb::gil_scoped_release release;
+    SATEEN_DISPATCH(linear_forward, p);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -106,4 +148,8 @@ NB_MODULE(_native, m) {
     m.def("attention_backward", &attention_backward, nb::arg("d_out"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
           nb::arg("cu_q"), nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("out"), nb::arg("lse"), nb::arg("scale"),
           nb::arg("window"), nb::arg("num_threads"), nb::arg("d_q"), nb::arg("d_k"), nb::arg("d_v"), nb::arg("d_sink"));
+    m.def("advise_huge_pages", &advise_huge_pages, nb::arg("memory"));
+    m.def("linear_forward", &linear_forward, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("weight"),
+          nb::arg("scales").none(), nb::arg("bias").none(), nb::arg("x"), nb::arg("num_threads"), nb::arg("out"));
+    sateen::bind_decode(m);
 }

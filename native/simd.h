@@ -1,5 +1,5 @@
 // One vector type per ISA level, written in GCC/Clang vector extensions, with the few functions that arithmetic
-// operators do not give: loads, 2^x, square transposes, and scratch memory that a thread keeps between calls.
+// operators do not give: loads, 2^x, square transposes, sums over lanes, and scratch memory that a thread keeps between calls.
 #pragma once
 
 #include <cstdlib>
@@ -101,6 +101,24 @@ SATEEN_INLINE void transpose(vfloat (&rows)[W]) {
     transpose_stage<2>(rows);
     if constexpr (W > 4) transpose_stage<4>(rows);
     if constexpr (W > 8) transpose_stage<8>(rows);
+}
+
+template <int D>
+SATEEN_INLINE void halve(vfloat (&rows)[W]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < D; ++i) {
+        exchange<D>(rows[i], rows[i + D], std::make_integer_sequence<int, W>{});
+        rows[i] += rows[i + D];
+    }
+}
+
+// Lane i is the sum over the lanes of vector i.
+SATEEN_INLINE vfloat sum_each(vfloat (&rows)[W]) {
+    if constexpr (W > 8) halve<8>(rows);
+    if constexpr (W > 4) halve<4>(rows);
+    halve<2>(rows);
+    halve<1>(rows);
+    return rows[0];
 }
 
 constexpr long round_up(long n, long to) { return (n + to - 1) / to * to; }

@@ -25,7 +25,7 @@ TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 STATUS = ROOT / "docs" / "status.md"
 # Programs of other projects that a block may call; what they do is not ours to check.
-FOREIGN = {"cd", "git", "source"}
+FOREIGN = {"cd", "curl", "git", "source"}
 # Folders of the checkout: a path below one of them that stands in backticks must be there.
 ROOMS = "benchmarks|docs|examples|native|recipes|src|tests|tools"
 MACHINE_PATHS = re.compile(r"(?<![\w.])(?:~/|/(?:home|mnt|opt|root|tmp|usr|var|Users)(?:/|\b))")
@@ -199,6 +199,17 @@ def test_paths_in_backticks_exist(page):
         elif test and f"def {test}(" not in (ROOT / path).read_text(encoding="utf-8"):
             wrong.append(f"{path}::{test}")
     assert not wrong
+
+
+def test_tests_that_the_parity_page_names_exist():
+    """Its rows name `test_x` and further tests in one file, which must define them."""
+    page = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
+    found = re.findall(r"((?:`test_\w+`(?:, )?)+) in `([^`]+)`", page)
+    assert len(found) > 15
+    for names, file in found:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(test_\w+)`", names):
+            assert f"def {name}(" in text, f"{name} is not in {file}"
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=lambda b: b.place)

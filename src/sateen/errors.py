@@ -40,6 +40,18 @@ class RequestError(SateenError, ValueError):
     exit_code = 2
 
 
+class QueueFull(RequestError):
+    """The engine's waiting queue is full; nothing is wrong with the request.
+
+    Attributes:
+        retry_after_s: seconds after which a place should be free, from the pace measured so far.
+    """
+
+    def __init__(self, message: str, retry_after_s: float):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class BackendUnavailable(SateenError, RuntimeError):
     """A kernel backend was asked for by name and cannot run here; the message lists the reasons."""
 

@@ -75,13 +75,17 @@ def _sampling(parser: argparse.ArgumentParser, *, max_tokens: int, temperature: 
         help="sample among the likeliest tokens that hold this share (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    _modes(parser)
+
+
+def _modes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft", choices=("auto", "mtp", "none"), default="auto",
         help="who proposes tokens for the model to check (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--weights", choices=("auto", "fairy2"), default="auto",
-        help="as stored, or complex two-bit masters packed at loading (default: %(default)s)",
+        "--weights", choices=("auto", "int8", "int4", "fairy2"), default="auto",
+        help="as stored, rounded to 8 or 4 bits, or complex two-bit masters packed (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--attention", choices=("auto", "int8"), default="auto",
@@ -91,6 +95,29 @@ def _sampling(parser: argparse.ArgumentParser, *, max_tokens: int, temperature: 
         "--kv-cache-dtype", choices=("auto", "fp32", "bf16", "fp16", "int8"), default="auto",
         help="of cached keys and values; auto is the model's (default: %(default)s)",
     )  # fmt: skip
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=_port, default=8000, metavar="P", help="0 takes a free one and prints it (8000)"
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="asked of clients (SATEEN_API_KEY, or none)")
+    parser.add_argument("--served-model-name", metavar="NAME", help="for clients (default: MODEL as given)")
+    parser.add_argument("--max-num-seqs", type=_count, default=16, metavar="N", help="in work at once (16)")
+    parser.add_argument("--max-model-len", type=_count, metavar="N", help="tokens of prompt and answer")
+    parser.add_argument(
+        "--max-waiting", type=_count, default=256, metavar="N", help="in the queue; more are refused (256)"
+    )
+    parser.add_argument(
+        "--max-body-bytes", type=_count, default=4 << 20, metavar="N", help="of a request (%(default)s)"
+    )
+    parser.add_argument("--request-timeout", type=_positive, metavar="S", help="of a request (none)")
+    parser.add_argument(
+        "--drain-seconds", type=_positive, default=30.0, metavar="S", help="for open answers at SIGTERM (30)"
+    )
+    _modes(parser)
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
@@ -125,9 +152,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         "--skip", type=_names, metavar="A,B", help="pieces of names of layers that stay as they are (lm_head)"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"),
-        help="of tensors in floating point (default: as stored)",
+        "--dtype", default="keep", choices=("keep", "float32", "bfloat16", "float16"),
+        help="of tensors in floating point; FP8 weights are dequantised to it (default: keep)",
     )  # fmt: skip
+    parser.add_argument(
+        "--mtp", metavar="DIR", help="further MTP heads, as the separate release of MiMo-7B's has them"
+    )
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +169,12 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help="text for perplexity (default: held-out Python docs)")
     parser.add_argument("--num-examples", type=_count, default=200, metavar="N", help="per task (200)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the task examples (default: 0)")
+    parser.add_argument(
+        "--lm-eval", type=_names, default=(), metavar="A,B", help="tasks of lm-evaluation-harness instead"
+    )
+    parser.add_argument("--limit", type=_count, metavar="N", help="questions per harness task (all)")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each (the task's own)")
+    parser.add_argument("--include-path", metavar="DIR", help="a folder with harness tasks of your own")
     _json(parser)
 
 
@@ -272,6 +308,13 @@ def _positive(text: str) -> float:
     return value
 
 
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 65536:
+        raise argparse.ArgumentTypeError(f"{text} should be from 0 to 65535")
+    return value
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(_count(part) for part in text.split(","))
 
@@ -285,6 +328,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 # argparse puts a converter's name into its messages.
 _count.__name__, _positive.__name__, _counts.__name__ = "whole number", "number", "list of whole numbers"
+_port.__name__ = "port"
 
 
 VERBS: dict[str, Verb] = {
@@ -306,6 +350,10 @@ VERBS: dict[str, Verb] = {
         "sateen.engine.faces:chat", "talk with a model in the terminal", _chat,
         ("chat runs/demo", "chat runs/demo --temperature 0"),
     ),
+    "serve": Verb(
+        "sateen.engine.server.faces:serve", "answer over HTTP: OpenAI's interface and a chat page", _serve,
+        ("serve runs/demo", "serve runs/demo --port 0 --api-key SECRET --max-num-seqs 32"),
+    ),
     "inspect": Verb(
         "sateen.checkpoint.inspect:main", "layers, parameters, bytes and cache sizes of a model", _inspect,
         ("inspect runs/demo", "inspect mimo-7b --context 4096,32768 --json"),
@@ -314,12 +362,14 @@ VERBS: dict[str, Verb] = {
         "sateen.checkpoint.convert:main", "write a model in another form of its weights", _convert,
         ("convert runs/demo runs/demo-bf16 --dtype bfloat16",
          "convert runs/demo runs/demo-theirs --dialect transformers",
+         "convert MiMo-7B-Base MiMo-7B-three-heads --mtp MiMo-7B-MTPs",
          "convert runs/demo runs/demo-2bit --weights fairy2i --stages 2 --skip lm_head,experts",
          "convert runs/demo-2bit runs/demo-packed --weights packed"),
     ),
     "eval": Verb(
         "sateen.eval.faces:main", "perplexity and verifiable tasks", _eval,
-        ("eval runs/demo", "eval runs/demo --tasks perplexity,recall,sums --json"),
+        ("eval runs/demo", "eval runs/demo --tasks perplexity,recall,sums --json",
+         "eval runs/demo --lm-eval arc_easy,hellaswag --limit 100"),
     ),
     "data": Verb(
         "sateen.data.speech:main", "fetch data that recipes read", _data,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sateen.checkpoint import fp8
 from sateen.checkpoint.fp8 import choose_rows, dequantize, row_readings
 from sateen.checkpoint.hf import load_model
 from sateen.errors import CheckpointError
@@ -51,6 +52,28 @@ def test_every_reading_of_eight_scale_rows(reading):
     np.testing.assert_array_equal(dequantize("k", codes, scale, torch.float32, head_dim=192).numpy(), real)
     half = dequantize("k", codes, scale, torch.bfloat16, head_dim=192)
     assert torch.equal(half, torch.from_numpy(real).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("reading", GROUPS)
+def test_weights_are_dequantised_where_their_codes_are(reading, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    weight = np.random.default_rng(2).standard_normal((768, 200)).astype(np.float32)
+    codes, scale, real = quantize(weight, GROUPS[reading], 8)
+    # Whatever takes the default device instead of the codes' is on meta here and fails.
+    with torch.device("meta"):
+        found = dequantize("k", codes.to(device), scale, torch.float32, head_dim=192)
+    assert found.device.type == device
+    np.testing.assert_array_equal(found.cpu().numpy(), real)
+
+
+def test_more_rows_than_a_strip_holds(monkeypatch):
+    monkeypatch.setattr(fp8, "STRIP", 1000)
+    weight = np.random.default_rng(3).standard_normal((768, 130)).astype(np.float32)
+    groups = [range(h + a, h + b) for h in range(0, 768, 192) for a, b in ((0, 128), (128, 192))]
+    codes, scale, real = quantize(weight, groups, len(groups))
+    np.testing.assert_array_equal(dequantize("k", codes, scale, torch.float32, head_dim=192).numpy(), real)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(256, 256), (200, 130), (1, 1), (128, 129)])
@@ -135,6 +158,12 @@ def test_a_release_in_fp8_loads_as_its_real_numbers(release, tmp_path):
     assert torch.equal(weights[KEY], real[KEY].to(torch.bfloat16))
     assert weights["model.layers.1.mlp.gate.weight"].dtype == torch.float32
     load_model(folder, device="meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_release_in_fp8_loads_on_a_gpu_with_the_same_bits(release):
+    there = load_model(release[0], device="cuda").state_dict()
+    assert all(torch.equal(there[name].cpu(), t) for name, t in load_model(release[0]).state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from sateen.checkpoint import inspect
+from sateen.checkpoint.file_notes import file_notes
 from sateen.checkpoint.gguf_file import BLOCK_TYPES, read_gguf
-from sateen.checkpoint.hf import load_model, read_config, save
+from sateen.checkpoint.hf import load_model, save
+from sateen.checkpoint.shards import read_config
 from sateen.engine.engine import LLM
 from sateen.engine.request import SamplingParams
 from sateen.errors import CheckpointError, ConfigError
@@ -492,3 +494,17 @@ def test_saving_elsewhere_leaves_no_tokenizer_of_another_kind_behind(path, tmp_p
     (tmp_path / "files" / "tokenizer.json").write_text("{}")
     save(model, tmp_path / "out", carry_from=tmp_path / "files")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("arch", "arguments", "notes"),
+    [
+        ("llama", {}, ["rows of q and k are stored in the order of rotations", "no tokenizer here"]),
+        ("qwen2", {"kind": Kind.Q8_0}, ["blocks of Q8_0 become floats at loading", "no tokenizer here"]),
+    ],
+)
+def test_inspect_says_what_a_file_holds(arch, arguments, notes, path):
+    Written(path, arch, **arguments)
+    found = file_notes(path)
+    assert len(found) == len(notes)
+    assert all(line.startswith(says) for line, says in zip(found, notes, strict=True))

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sateen.checkpoint import hf
+from sateen.checkpoint import hf, write
 from sateen.checkpoint.hf import load_model, save
+from sateen.checkpoint.shards import INDEX
 from sateen.errors import CheckpointError, ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
@@ -95,12 +96,12 @@ def test_save_after_load_is_bit_identical_and_keeps_the_config(raw, dtype, tmp_p
 def test_sharding_splits_and_rejoins(shard_bytes, tmp_path, monkeypatch):
     model = fresh(FLASH)
     model.save(tmp_path / "whole")
-    monkeypatch.setattr(hf, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(write, "SHARD_BYTES", shard_bytes)
     model.save(tmp_path / "parts")
     files = sorted(file.name for file in (tmp_path / "parts").glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
-    index = json.loads((tmp_path / "parts" / hf.INDEX).read_text())
+    index = json.loads((tmp_path / "parts" / INDEX).read_text())
     whole = contents(tmp_path / "whole")
     assert contents(tmp_path / "parts") == whole
     assert set(index["weight_map"]) == set(whole)
@@ -208,7 +209,7 @@ def test_an_unreadable_dtype_is_refused(folder, dtype, code):
 
 
 def test_a_shard_that_the_index_names_must_be_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 20_000)
     fresh(FLASH).save(tmp_path / "model")
     gone = next(file for file in (tmp_path / "model").glob("model-00003*"))
     gone.unlink()
@@ -218,11 +219,11 @@ def test_a_shard_that_the_index_names_must_be_there(tmp_path, monkeypatch):
 
 def test_a_damaged_index_is_named(folder):
     for text in ("{", '{"weights": {}}', "[]"):
-        (folder / hf.INDEX).write_text(text)
+        (folder / INDEX).write_text(text)
         with pytest.raises(CheckpointError, match=r"index\.json: not a safetensors index"):
             load_model(folder)
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
-    (folder / hf.INDEX).write_text(json.dumps({"weight_map": names}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
     edit(folder, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is not in this file"):
         load_model(folder)
@@ -308,17 +309,19 @@ def test_meta_reads_no_data_but_checks_everything(folder):
 def test_a_failed_save_leaves_the_old_directory(folder, monkeypatch):
     before = contents(folder)
     model = fresh(LLAMA, seed=9)
-    monkeypatch.setattr(hf, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 4000)
     calls = []
 
-    def full_disk(tensors, path, **settings):
-        calls.append(path)
-        if len(calls) == 3:
-            path.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path, **settings)
+    whole_shard = write.write_shard
 
-    monkeypatch.setattr(hf, "save_file", full_disk)
+    def full_disk(file, tensors):
+        calls.append(file)
+        if len(calls) == 3:
+            file.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole_shard(file, tensors)
+
+    monkeypatch.setattr(write, "write_shard", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(model, folder)
     assert len(calls) == 3
@@ -330,9 +333,9 @@ def test_a_failed_save_leaves_the_old_directory(folder, monkeypatch):
 def test_saving_over_a_model_replaces_all_of_it(folder, monkeypatch):
     other = fresh(LLAMA, seed=9)
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "SHARD_BYTES", 4000)
+        patch.setattr(write, "SHARD_BYTES", 4000)
         other.save(folder)
-    assert (folder / hf.INDEX).is_file()
+    assert (folder / INDEX).is_file()
     model = load_model(folder)
     model.save(folder)  # over the directory it came from
     assert sorted(entry.name for entry in folder.iterdir()) == ["config.json", "model.safetensors"]

@@ -14,7 +14,7 @@ from sateen.checkpoint.hf import load_model
 from sateen.checkpoint.inspect import inspect, lines
 from sateen.cli import main
 from sateen.engine.contract import WeightUpdate
-from sateen.errors import BackendUnavailable, CheckpointError, ConfigError
+from sateen.errors import CheckpointError, ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder, count_parameters
 from sateen.models.quantize import convert_fairy2i, pack_model, quantize_model, unquantize_model
@@ -238,7 +238,12 @@ def test_the_engine_packs_complex_two_bit_weights():
     [
         ("fairy2", None, ConfigError, "packs complex two-bit weights and this model's are full-precision"),
         ("fairy2", {"quant_method": "ternary"}, ConfigError, "this model's are ternary"),
-        ("int8", None, BackendUnavailable, "weights 'int8' is not built yet; available: auto, fairy2"),
+        (
+            "int8",
+            {"quant_method": "ternary"},
+            ConfigError,
+            "a model in floating point and this one has ternary",
+        ),
         ("fairy3", None, ConfigError, "did you mean fairy2"),
     ],
 )

@@ -208,3 +208,12 @@ def test_without_calls_nothing_is_lost(text):
     said, closed, rest = opened.removeprefix("<think>").partition("</think>")
     assert whole.reasoning == (said.strip("\n") if closed else said.lstrip("\n"))
     assert whole.content == rest.lstrip("\n")
+
+
+def test_without_reading_calls_they_are_text():
+    text = "<tool_call><function=f></function></tool_call>"
+    parser = ReplyParser(reads_calls=False)
+    parts = [*parser.feed("<think>\nhm\n</think>\n\n" + text[:9]), *parser.feed(text[9:]), *parser.finish()]
+    assert "".join(part.reasoning for part in parts) == "hm"
+    assert "".join(part.content for part in parts) == text
+    assert all(part.call is None for part in parts)

@@ -3,6 +3,8 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models
 
 from sateen.data.tokenizer import CHATML_TOKENS, Tokenizer, check_vocab
 from sateen.errors import CheckpointError, ConfigError, RequestError
@@ -18,6 +20,7 @@ def test_decoding_gives_back_any_text_exactly(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
     assert TOKENIZER.token_bytes[ids].sum() == len(text.encode())
+    assert b"".join(map(TOKENIZER.token_text, ids)) == text.encode()
 
 
 @given(st.text(), st.sampled_from(CHATML_TOKENS), st.text())
@@ -129,3 +132,16 @@ def test_a_vocabulary_larger_than_the_models_is_refused():
 def test_unknown_tokens_are_refused_with_a_hint():
     with pytest.raises(ConfigError, match=r"did you mean <\|im_end\|>"):
         TOKENIZER.token_id("<|im_ends|>")
+
+
+def test_the_bytes_of_single_tokens():
+    assert [TOKENIZER.token_text(TOKENIZER.token_id(token)) for token in CHATML_TOKENS] == [
+        token.encode() for token in CHATML_TOKENS
+    ]
+    assert TOKENIZER.token_text(TOKENIZER.vocab_size) == b""
+    raw = RawTokenizer(models.BPE({"<0xF0>": 0, "\u2581the": 1}, [], byte_fallback=True))
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    other = Tokenizer(raw, {})
+    assert [other.token_text(i) for i in (0, 1, 2)] == [b"\xf0", b" the", b""]

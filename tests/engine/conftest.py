@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +79,21 @@ def _greedy_by_hand(model: Decoder, prompt: Sequence[int], count: int) -> list[i
     return tokens[len(prompt) :]
 
 
+def _shaped_by_hand(
+    logits: torch.Tensor, prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+) -> torch.Tensor:
+    """Bias, repetition, frequency and presence penalties as their definitions say, in float64."""
+    x = logits.double().numpy().copy()
+    for token, bias in (params.logit_bias or {}).items():
+        x[token] += bias
+    r = params.repetition_penalty
+    for token in {*prompt, *output}:
+        x[token] = x[token] / r if x[token] > 0 else x[token] * r
+    for token, count in Counter(output).items():
+        x[token] -= params.frequency_penalty * count + params.presence_penalty
+    return torch.from_numpy(np.asarray(x))
+
+
 def _prompts(lengths: Sequence[int], vocab_size: int = 512, seed: int = 3) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
@@ -103,6 +120,11 @@ def drafting_model() -> Callable[..., Decoder]:
 @pytest.fixture(scope="session")
 def greedy_by_hand() -> Callable[..., list[int]]:
     return _greedy_by_hand
+
+
+@pytest.fixture(scope="session")
+def shaped_by_hand() -> Callable[..., torch.Tensor]:
+    return _shaped_by_hand
 
 
 @pytest.fixture(scope="session")

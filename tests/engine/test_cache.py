@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sateen.engine.cache import PAGE, KVCache, page_bytes
+from sateen.engine.engine import LLM
 from sateen.nn.spec import KVLayout
 
 WINDOW, DRAFT = 9, 3
@@ -215,3 +216,70 @@ def test_rows_that_nobody_wrote_take_no_memory(dtype):
     assert resident_bytes() - before < size / 4
     assert pool.k_RKH.data_ptr() % 64 == pool.v_RKV.data_ptr() % 64 == 0
     assert not pool.k_RKH[:100].any()
+
+
+def test_bytes_in_use_are_counted_now_and_at_their_peak():
+    cache = make(num_pages=7, num_slots=3)  # a row of a page or a ring has 3 numbers of 4 bytes
+    page, ring = PAGE * 12, (WINDOW + DRAFT) * 12
+    a, b = cache.open(), cache.open()
+    assert cache.reserve(a, 130)
+    assert cache.reserve(b, 1)
+    assert cache.usage() == {
+        "page_tokens": 64, "used_pages": 4, "cached_pages": 0, "free_pages": 3, "peak_pages": 4,
+        "used_slots": 2, "free_slots": 1,
+        "used_bytes": {"paged": 4 * page, "ring": 2 * ring},
+        "peak_bytes": {"paged": 4 * page, "ring": 2 * ring},
+    }  # fmt: skip
+    cache.pages.publish(a.pages[0], b"key")
+    cache.free(a)
+    assert cache.reserve(b, 70)
+    usage = cache.usage()
+    assert (usage["used_pages"], usage["cached_pages"], usage["free_pages"], usage["peak_pages"]) == (
+        2,
+        1,
+        4,
+        4,
+    )
+    assert (usage["used_slots"], usage["free_slots"]) == (1, 2)
+    assert usage["used_bytes"] == {"paged": 2 * page, "ring": ring}
+    assert cache.bytes_in_use_by_layer() == [2 * page, ring]
+    assert cache.bytes_in_use_by_layer(at_peak=True) == [4 * page, 2 * ring]
+
+
+def test_shared_pages_are_counted_once_and_free_with_the_last():
+    cache = make(num_pages=6)
+    first = cache.open()
+    cache.reserve(first, 130)
+    cache.forward([first], [130])
+    for page, key in zip(first.pages[:2], (b"0", b"1"), strict=True):
+        cache.pages.publish(page, key)
+    second = cache.open()
+    cache.share(second, first.pages[:2])
+    assert (second.length, second.pages, second.rows.tolist()) == (128, first.pages[:2], list(range(128)))
+    assert cache.reserve(second, 200)
+    assert cache.usage()["used_pages"] == 5
+    with pytest.raises(AssertionError):
+        cache.truncate(second, 127)  # would let it write into rows that others read
+    cache.free(first)
+    assert (cache.usage()["used_pages"], cache.usage()["cached_pages"], cache.num_free_pages) == (4, 0, 2)
+    cache.free(second)
+    assert (cache.usage()["used_pages"], cache.usage()["cached_pages"], cache.num_free_pages) == (0, 2, 6)
+
+
+def test_a_hybrid_allocates_what_the_formula_says(random_model):
+    """At 16k tokens, ratio 1:5, window 128: full layers hold every token and sliding ones the window."""
+    hybrid = random_model(
+        "mimo-v2-flash-tiny", heads=0, num_hidden_layers=6, hybrid_layer_pattern=[0, 1, 1, 1, 1, 1],
+        moe_layer_freq=[0] * 6, sliding_window=128, sliding_window_size=128, max_position_embeddings=16384,
+    )  # fmt: skip
+    for slots in (1, 4):
+        llm = LLM(hybrid, max_num_seqs=slots, max_model_len=16384, kv_memory_bytes=1 << 30)
+        # A full layer of 1 head, 5 sliding ones of 2; keys have 24 and values 16 channels, float32.
+        formula = slots * (16384 * 40 + 5 * 128 * 80) * 4
+        allocated = sum(llm.stats()["allocated_bytes"].values())
+        assert abs(allocated / formula - 1) < 0.02
+        assert allocated == sum(layer["bytes"] for layer in llm.allocated_layers())
+        assert sum(llm.kv_bytes(16384).values()) * slots == allocated
+        held = [tensor for pool in llm.cache.pools.values() for tensor in pool.per_row()]
+        storage = sum(tensor.untyped_storage().nbytes() for tensor in held)
+        assert allocated <= storage <= allocated + 64 * len(held)  # each may begin at a cache line

@@ -15,9 +15,9 @@ def tokenizer():
     return Tokenizer.train(["the cat sat on the mat, the end"] * 50, 270)
 
 
-def feed(tokenizer, ids, stop=()):
-    """(text after each token, what `push` returned for each)."""
-    stream = Detokenizer(tokenizer, [], stop)
+def feed(tokenizer, ids, stop=(), **settings):
+    """(text after each token, what `push` returned for each, the detokenizer)."""
+    stream = Detokenizer(tokenizer, [], stop, **settings)
     texts, found = [], []
     for token in ids:
         found.append(stream.push(token))
@@ -86,5 +86,40 @@ def test_what_a_stop_string_may_take_back_is_not_sendable(tokenizer):
 
 def test_special_tokens_leave_no_text(tokenizer):
     end = tokenizer.token_id("<|im_end|>")
-    _, _, stream = feed(tokenizer, [*tokenizer.encode("the"), end, *tokenizer.encode(" mat")])
-    assert stream.text == "the mat"
+    ids = [*tokenizer.encode("the"), end, *tokenizer.encode(" mat")]
+    assert feed(tokenizer, ids)[2].text == "the mat"
+    assert feed(tokenizer, ids, skips_special=False)[2].text == "the<|im_end|> mat"
+
+
+@pytest.mark.parametrize("text", ["the 🐈 sat", "猫猫 mat", "naïve"])
+def test_a_stop_string_of_characters_that_tokens_split(tokenizer, text):
+    """Every character beyond ASCII is several tokens; the stop string ends inside the text's own."""
+    ids = tokenizer.encode(text)
+    for start, end in itertools.combinations(range(len(text) + 1), 2):
+        stop = text[start:end]
+        _, found, stream = feed(tokenizer, ids, [stop, "never"])
+        at = text.find(stop)
+        assert (stream.text, found[-1]) == (text[:at], stop)
+        # The token that completes the stop string is the last one taken.
+        assert tokenizer.decode(ids[: len(found)]).startswith(text[: at + len(stop)])
+        assert not tokenizer.decode(ids[: len(found) - 1]).startswith(text[: at + len(stop)])
+        _, _, kept = feed(tokenizer, ids, [stop], keeps_stop=True)
+        assert kept.text == text[: at + len(stop)]
+
+
+def test_of_two_stop_strings_in_one_token_the_first_complete_one_counts(tokenizer):
+    (token,) = tokenizer.encode(" the")
+    assert feed(tokenizer, [token], ["the", " th", "h"])[1] == [" th"]
+    assert feed(tokenizer, [token], ["he", "h"])[2].text == " t"
+
+
+def test_a_least_length_holds_stop_strings_back(tokenizer):
+    """Each token is one byte. What was complete before the least length ends nothing later either."""
+    ids = [tokenizer.token_id(c) for c in "xyxyzxy"]
+    assert feed(tokenizer, ids, ["xy"], min_tokens=1)[1] == [None, "xy"]
+    _, found, stream = feed(tokenizer, ids, ["xy"], min_tokens=2)
+    assert (stream.text, found) == ("xy", [None, None, None, "xy"])
+    _, found, stream = feed(tokenizer, ids, ["xy", "never so long"], min_tokens=4)
+    assert (stream.text, len(found)) == ("xyxyz", 7)
+    _, found, _ = feed(tokenizer, ids, ["yx"], min_tokens=2)  # it began before and ends after
+    assert found == [None, None, "yx"]

@@ -8,7 +8,7 @@ import torch
 from sateen.data.tokenizer import Tokenizer
 from sateen.engine.engine import LLM, StreamChunk, WeightUpdate
 from sateen.engine.request import SamplingParams
-from sateen.errors import BackendUnavailable, CheckpointError, ConfigError, RequestError
+from sateen.errors import CheckpointError, ConfigError, RequestError
 
 FLASH, MIMO = "mimo-v2-flash-tiny", "mimo-7b-tiny"
 
@@ -354,11 +354,7 @@ def test_a_model_without_tokenizer_refuses_text(flash):
     [
         ({"draft": "eagle"}, ConfigError, "unknown draft 'eagle'"),
         ({"attention": "flash"}, ConfigError, "unknown attention 'flash'"),
-        (
-            {"weights": "int4"},
-            BackendUnavailable,
-            "weights 'int4' is not built yet; available: auto, fairy2",
-        ),
+        ({"weights": "int5"}, ConfigError, "unknown weights 'int5'"),
         ({"kv_cache_dtype": "fp8"}, ConfigError, "unknown kv_cache_dtype 'fp8'"),
         (
             {"max_model_len": 4096},

@@ -38,8 +38,8 @@ def test_greedy_speculation_equals_plain_decoding(
         with torch.no_grad():
             moe.gate.weight.mul_(3.0)  # scores far apart
     prompts = make_prompts([20, 33], seed=5)
-    plain = tokens_of(LLM(model, draft="none"), prompts, greedy(24))
-    drafted = LLM(model, draft="mtp", max_num_seqs=2, max_num_batched_tokens=16)
+    plain = tokens_of(LLM(model, draft="none", step="torch"), prompts, greedy(24))
+    drafted = LLM(model, draft="mtp", max_num_seqs=2, max_num_batched_tokens=16, step="torch")
     assert tokens_of(drafted, prompts, greedy(24)) == plain
     # What the comparison rests on: live routing, no near-tie, drafts both kept and rejected.
     chosen = torch.cat(choices["ids"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from sateen.engine.request import SamplingParams
-from sateen.engine.sampler import choose, distribution, draw, mask_padding, raw_logprobs
+from sateen.engine.sampler import choose, cut, distribution, draw, mask_padding
 from sateen.engine.state import Request
 
 PROBS = [0.1, 0.4, 0.2, 0.3]
@@ -42,6 +43,72 @@ def test_processed_distribution(params, expected):
     torch.testing.assert_close(
         one(**params), torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cuts_are_those_of_transformers(seed):
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn(5, 200, generator=torch.Generator().manual_seed(seed)) * 3
+    params = SamplingParams(
+        temperature=0.7 + 0.3 * seed, min_p=0.01, top_k=40 - 9 * seed, top_p=0.6 + 0.1 * seed
+    )
+    x = logits.clone()
+    for warper in (
+        TemperatureLogitsWarper(params.temperature),
+        MinPLogitsWarper(params.min_p),
+        TopKLogitsWarper(params.top_k),
+        TopPLogitsWarper(params.top_p),
+    ):
+        x = warper(None, x)
+    got = cut(logits, [params] * 5)
+    assert torch.equal(got.isinf(), x.isinf())
+    torch.testing.assert_close(got, x)
+
+
+def kept_by_hand(logits, params):
+    """Which tokens the cuts keep of a row, sorted whole in float64, equal logits by their ids."""
+    x = logits.astype(np.float64) / params.temperature
+    order = np.argsort(-x, kind="stable")
+    if params.top_k > 0:
+        order = order[: params.top_k]
+    weights = np.exp(x[order] - x.max())
+    before = np.cumsum(weights) - weights
+    return {*order[before < params.top_p * weights.sum()].tolist()} if params.top_p < 1 else {*order.tolist()}
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuts_of_large_vocabularies(scale, dtype):
+    """Nuclei of a few and of thousands of tokens in one batch, with the many equal logits of bfloat16."""
+    settings = [
+        {"top_p": 0.9}, {"top_p": 0.3}, {"top_k": 40}, {"top_k": 300, "top_p": 0.95}, {}, {"top_k": 5999},
+        {"top_p": 0.999, "temperature": 0.5}, {"top_k": 257}, {"top_k": 256}, {"top_k": 1},
+    ]  # fmt: skip
+    params = [SamplingParams(**one) for one in settings]
+    generator = torch.Generator().manual_seed(int(scale * 10))
+    logits = (torch.randn(len(params), 6000, generator=generator) * scale).to(dtype)
+    ties = 0
+    for some in (params, params[2:4], params[:1]):
+        rows = logits[: len(some)]
+        for got, row, one in zip(cut(rows, some), rows, some, strict=True):
+            expected = kept_by_hand(row.float().numpy(), one)
+            kept = set(got.isfinite().nonzero().flatten().tolist())
+            assert kept == expected
+            least = got[list(kept)].min()
+            ties += int((row.float() / one.temperature == least).sum()) > int((got == least).sum())
+    assert (ties > 0) == (dtype == torch.bfloat16)
+
+
+def test_settings_beyond_float32_are_uniform():
+    params = SamplingParams(temperature=1e300, top_k=10**300)
+    masked = mask_padding(LOGITS, 3)
+    torch.testing.assert_close(distribution(masked, [params])[0], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
 
 
 def test_rows_are_processed_by_their_own_settings():
@@ -104,13 +171,3 @@ def test_padding_rows_have_no_probability():
     torch.testing.assert_close(masked.softmax(-1)[0], torch.tensor([1 / 7, 4 / 7, 2 / 7, 0]))
     assert mask_padding(LOGITS, 4) is LOGITS
     assert torch.isfinite(LOGITS).all()
-
-
-def test_raw_logprobs_with_ranks():
-    (row,) = raw_logprobs(LOGITS + 3.0, [2], 2)
-    assert list(row) == [2, 1, 3]
-    assert [entry.rank for entry in row.values()] == [3, 1, 2]
-    assert [entry.logprob for entry in row.values()] == pytest.approx([math.log(p) for p in (0.2, 0.4, 0.3)])
-    (only,) = raw_logprobs(LOGITS, [0], 0)
-    assert list(only) == [0]
-    assert only[0].rank == 4

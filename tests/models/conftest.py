@@ -17,6 +17,53 @@ COMMON: dict[str, Any] = {
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attn_implementation": "eager",
 }  # fmt: skip
 
+# A tiny MiMo-V2-Flash in the hub's own words, written by hand; `FLASH` of the tests is the same model.
+HUB = {
+    "architectures": ["MiMoV2FlashForCausalLM"],
+    "model_type": "",
+    "add_full_attention_sink_bias": False,
+    "add_swa_attention_sink_bias": True,
+    "attention_bias": False,
+    "attention_chunk_size": 8,
+    "attention_dropout": 0.0,
+    "attention_value_scale": 0.707,
+    "head_dim": 24,
+    "v_head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 24,
+    "swa_v_head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "hybrid_block_size": None,
+    "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0],
+    "moe_layer_freq": [0, 1, 1, 1, 1, 1],
+    "num_hidden_layers": 6,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": None,
+    "num_experts_per_tok": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "routed_scaling_factor": None,
+    "layernorm_epsilon": 1e-5,
+    "partial_rotary_factor": 0.334,
+    "rope_theta": 5000000,
+    "swa_rope_theta": 10000,
+    "rope_scaling": {"type": "default"},
+    "sliding_window": 8,
+    "sliding_window_size": 8,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 97,
+}
+
 
 def fill(tensors: Iterable[tuple[str, Tensor]], seed: int = 0) -> None:
     """Moves every tensor away from its initial value, so that none can be ignored unnoticed."""
@@ -33,6 +80,12 @@ def fill(tensors: Iterable[tuple[str, Tensor]], seed: int = 0) -> None:
 def randomise() -> Callable[..., None]:
     """`fill` of this file."""
     return fill
+
+
+@pytest.fixture
+def hub() -> dict[str, Any]:
+    """The config of `FLASH` as the hub spells it."""
+    return dict(HUB)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from sateen.checkpoint.hf import parameter_entries
+from sateen.checkpoint.load import parameter_entries
 from sateen.errors import ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder, count_parameters

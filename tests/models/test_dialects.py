@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 
@@ -13,7 +14,7 @@ from sateen.checkpoint.hf import load_model
 from sateen.errors import ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
-from sateen.models.mimo_v2_flash_dialects import in_dialect
+from sateen.models.mimo_v2_flash_dialects import in_dialect, misread_by_transformers
 from sateen.models.registry import preset
 
 FLASH = {
@@ -50,6 +51,45 @@ def test_transformers_reads_what_was_converted(build, tokens, assert_close, tmp_
         assert_close(again.float().eval()(ids).logits, want)
         for name in ("hub", "back"):
             assert_close(load_model(tmp_path / name)(ids).logits, want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "misread"),
+    [
+        ({}, []),
+        ({"num_nextn_predict_layers": 2}, []),
+        ({"rope_theta": 1000}, ["rope_theta"]),
+        ({"layernorm_epsilon": 1e-2}, ["rms_norm_eps"]),
+        ({"partial_rotary_factor": 0.5}, ["rotary_dim"]),
+        ({"sliding_window_size": None}, ["window"]),
+        ({"swa_num_key_value_heads": 4}, ["num_key_value_heads"]),
+        ({"add_swa_attention_sink_bias": False}, ["has_sink"]),
+        ({"moe_layer_freq": [1] * 6}, ["moe"]),
+        ({"rope_scaling": {"type": "default"}}, ["rope_scaling"]),
+        ({"rope_scaling": None}, ["rope_scaling"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")
+def test_transformers_misreads_of_the_hubs_words_what_we_say(
+    changes, misread, hub, randomise, tokens, assert_close, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    del hub["rope_scaling"]
+    config = ModelConfig.from_hf(hub | {"model_type": "mimo_v2_flash"} | changes)
+    assert misread_by_transformers(config) == misread
+    ours = Decoder(config).eval()
+    randomise(sorted(ours.state_dict().items()))
+    ours.save(tmp_path)
+    ids = tokens(1, 33)
+    theirs = None
+    with torch.no_grad(), contextlib.suppress(KeyError, TypeError, RuntimeError):
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+        theirs = opened.float().eval()(ids).logits
+    want = ours(ids).logits.detach()
+    if misread:
+        assert theirs is None or float((theirs - want).norm() / want.norm()) > 1e-2
+    else:
+        assert_close(theirs, want)
 
 
 def test_heads_stay_and_a_line_says_that_transformers_drops_them(tmp_path, caplog):

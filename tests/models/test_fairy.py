@@ -14,8 +14,8 @@ import torch
 from safetensors.numpy import load_file
 
 import sateen
-from sateen.checkpoint.hf import parameter_entries
 from sateen.checkpoint.inspect import inspect, lines
+from sateen.checkpoint.load import parameter_entries
 from sateen.engine.cache import KVCache
 from sateen.errors import CheckpointError, ConfigError
 from sateen.models.base import ModelConfig

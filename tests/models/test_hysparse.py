@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from sateen.checkpoint.hf import load_model, parameter_entries
+from sateen.checkpoint.hf import load_model
 from sateen.checkpoint.inspect import main
+from sateen.checkpoint.load import parameter_entries
 from sateen.engine.cache import KVCache
 from sateen.errors import ConfigError
 from sateen.models.base import ModelConfig

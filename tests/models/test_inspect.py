@@ -9,6 +9,7 @@ from sateen.errors import ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
 from sateen.models.inspect import KV_BYTES, describe, kv_bytes
+from sateen.models.mimo_v2_flash_dialects import in_dialect
 from sateen.models.registry import preset
 
 
@@ -95,12 +96,61 @@ def test_a_model_without_full_layers_has_nothing_to_compare_with():
 
 def test_notes_name_what_differs(flash):
     notes = "\n".join(describe(flash, contexts=[300000])["traps"])
-    assert "window 128 counts earlier keys only; a query sees 129" in notes
+    assert "window 128 counts earlier keys only; a query sees 129 with its own, and 128 in vLLM" in notes
     assert "multiplied by 0.707" in notes
+    assert "39 of 48 layers have sinks" in notes
+    assert "rotations turn the first 64 of 192 channels of a head" in notes
+    assert "different rotary bases: 10000, 5e+06" in notes
+    assert "routers multiply in float32" in notes
     assert "inputs embedding first" in notes
+    assert "reads the trunk's state before the final norm; vLLM gives it the one after" in notes
+    assert "transformers and mlx-lm drop the MTP heads" in notes
+    assert "would misread" not in notes
     assert "context 300000 is beyond max_position_embeddings 262144" in notes
-    plain = preset("mimo-7b-tiny") | {"num_nextn_predict_layers": 0}
-    assert describe(on_meta(plain))["traps"] == []
+
+
+def plain_llama():
+    return {
+        "model_type": "llama", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, "rope_theta": 1e4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (plain_llama(), None),
+        (plain_llama() | {"tie_word_embeddings": True}, "embedding and output matrix are one tensor"),
+        (plain_llama() | {"model_type": "qwen2", "sliding_window": 9}, "sliding_window 9 is not used"),
+        (plain_llama() | {"model_type": "qwen2"}, "q, k and v have biases and o has none"),
+        (preset("mimo-7b-tiny"), "1 MTP head here; the release keeps its second and third in a repository"),
+        (preset("mimo-7b-tiny") | {"num_nextn_predict_layers": 0}, "no MTP head here; the release"),
+        (preset("mimo-7b-tiny") | {"num_nextn_predict_layers": 3}, "each further one the head before it"),
+        (preset("mimo-7b-tiny"), "transformers has no class for mimo; `import sateen.transformers` adds"),
+        (preset("hysparse-tiny"), "transformers has no class for hysparse"),
+        (preset("fairy-tiny"), "re and im of 128 and 32 complex entries"),
+        (preset("mimo-v2-flash-tiny") | {"attention_chunk_size": 8}, "attention_chunk_size 8 is not used"),
+        (preset("mimo-v2-flash-tiny") | {"model_type": ""}, "model_type is empty: transformers cannot tell"),
+        (preset("mimo-v2-flash-tiny") | {"rope_theta": 9.0}, "would misread rope_theta of this config"),
+        (preset("mimo-v2-flash-tiny") | {"rope_scaling": None}, "would misread rope_scaling of this config"),
+        (in_dialect(ModelConfig.from_hf(preset("mimo-v2-flash-tiny")), "transformers").raw,
+         "window 16 includes the query's own key; the hub would write 15"),
+    ],
+)  # fmt: skip
+def test_each_trap_has_its_model(raw, says):
+    found = describe(on_meta(raw))["traps"]
+    assert (found == []) if says is None else any(says in line for line in found), found
+
+
+def test_the_config_in_words(flash):
+    assert describe(flash)["in_words"] == (
+        "48 layers: 9 see all earlier tokens, 39 see the last 129 tokens; 47 have 256 experts and use 8 for "
+        "a token; 3 MTP heads guess further tokens; the output matrix is not the embedding"
+    )
+    assert describe(on_meta(preset("hysparse-tiny")))["in_words"].startswith(
+        "7 layers: 2 see all earlier tokens, choosing blocks for others, 4 see the blocks that another layer "
+        "chose and the last 32 tokens, 1 see all earlier tokens;"
+    )
 
 
 @pytest.mark.parametrize(

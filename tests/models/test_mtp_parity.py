@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -119,9 +120,14 @@ def test_mimo_7b_heads_match_the_formulas(build, randomise, tokens, assert_close
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(raw))
     ours = load_model(tmp_path)
-    ids = tokens(1, 21)
+    ids = tokens(3, 21)
+    right = torch.arange(21) < torch.tensor([21, 13, 1])[:, None]
     with torch.no_grad():
         assert_close(ours(ids).logits, theirs(ids).logits)
+        for mask in (right, right.flip(1)):
+            want = theirs(ids, attention_mask=mask.long()).logits[mask]
+            assert_close(ours(ids, mask.long()).logits[mask], want)
+    ids = ids[:1]
 
     embedding = theirs.model.embed_tokens.weight.detach().double()
     hidden = states_before_norm(theirs, ids).double()
@@ -144,33 +150,84 @@ def test_mimo_7b_heads_match_the_formulas(build, randomise, tokens, assert_close
         assert_close(ours.logits(got).detach().double(), want)
 
 
-def test_mimo_v2_flash_heads_match_the_formulas(build, randomise, tokens, assert_close, tmp_path):
-    shape = {
-        "num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 24, "v_head_dim": 16,
-        "sliding_window": 9,
-        "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
-    }  # fmt: skip
-    theirs = build("MiMoV2FlashConfig", shape)
+FLASH = {
+    "num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 24, "v_head_dim": 16, "sliding_window": 9,
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
+}  # fmt: skip
+
+
+@pytest.fixture
+def flash(build, randomise, tmp_path):
+    """transformers' model in `tmp_path`, to which the test has added three MTP heads, and their tensors."""
+    theirs = build("MiMoV2FlashConfig", FLASH)
     names = ("enorm", "hnorm", "eh_proj", "pre_mlp_layernorm")
     heads = {}
     for k in range(3):
         heads |= head_tensors(f"model.mtp.layers.{k}", names, 32, (96, 48, 32), 64, 48, sink=4)
     randomise(heads.items(), seed=7)
     save_file(load_file(tmp_path / "model.safetensors") | heads, tmp_path / "model.safetensors")
-    ours = load_model(tmp_path)
-    assert ours.num_mtp_heads == 3  # counted from the tensor names; the config does not say
-    ids = tokens(1, 21)
+    return theirs, heads
+
+
+def flash_heads_by_hand(theirs, heads, ids):
+    """The normed output of each head over one sequence [T], in float64."""
     embedding = theirs.model.embed_tokens.weight.detach().double()
-    hidden = states_before_norm(theirs, ids).double()
-    for k, got in enumerate(ours_per_head(ours, ids[0])):
+    hidden = states_before_norm(theirs, ids[None]).double()
+    outs = []
+    for k in range(3):
         w = under(heads, f"model.mtp.layers.{k}")
-        rows = 21 - k - 1
+        rows = len(ids) - k - 1
         # Embedding first; every head reads the trunk's own state.
         joined = torch.cat(
-            [norm(embedding[ids[0, k + 1 :]], w["enorm.weight"]), norm(hidden[:rows], w["hnorm.weight"])], -1
+            [norm(embedding[ids[k + 1 :]], w["enorm.weight"]), norm(hidden[:rows], w["hnorm.weight"])], -1
         )
         y = block_by_hand(
             w, joined @ w["eh_proj.weight"].T,
             N=4, K=2, H=24, V=16, theta=1e4, dim=8, window=9, value_scale=0.707, mlp_norm="pre_mlp_layernorm",
         )  # fmt: skip
-        assert_close(got.double(), norm(y, w["final_layernorm.weight"]))
+        outs.append(norm(y, w["final_layernorm.weight"]))
+    return outs
+
+
+def test_mimo_v2_flash_heads_match_the_formulas(flash, tokens, assert_close, tmp_path):
+    theirs, heads = flash
+    ours = load_model(tmp_path)
+    assert ours.num_mtp_heads == 3  # counted from the tensor names; the config does not say
+    ids = tokens(1, 21)[0]
+    wanted = flash_heads_by_hand(theirs, heads, ids)
+    for got, want in zip(ours_per_head(ours, ids), wanted, strict=True):
+        assert_close(got.double(), want)
+        head = theirs.lm_head.weight.detach().double()
+        assert_close(ours.logits(got).detach().double(), want @ head.T)
+
+
+def test_a_hub_checkpoint_with_heads_in_padded_and_packed_batches(flash, hub, tokens, assert_close, tmp_path):
+    theirs, heads = flash
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    ours = load_model(tmp_path)
+    assert ours.num_mtp_heads == 3
+    ids = tokens(3, 33)
+    right = torch.arange(33) < torch.tensor([33, 20, 10])[:, None]
+    with torch.no_grad():
+        assert_close(ours(ids).logits, theirs(ids).logits)
+        for mask in (right, right.flip(1)):
+            # Rotations depend on distances only, so the positions that transformers counts from the padding's
+            # start, and those that it is given here, are the same to it.
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            got = ours(ids, mask.long()).logits[mask]
+            assert_close(got, theirs(ids, attention_mask=mask.long()).logits[mask])
+            want = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits[mask]
+            assert_close(got, want)
+    # Three sequences end to end, two of them longer than the window of 9.
+    sequences = [row[keep] for row, keep in zip(ids, right, strict=True)]
+    lengths = [len(sequence) for sequence in sequences]
+    wanted = [flash_heads_by_hand(theirs, heads, sequence) for sequence in sequences]
+    with torch.no_grad():
+        hidden = ours.trunk(torch.cat(sequences), Sequences.of_lengths(lengths)).split(lengths)
+        for k in range(3):
+            rows = [length - k - 1 for length in lengths]
+            read = torch.cat([states[:count] for states, count in zip(hidden, rows, strict=True)])
+            tokens_T = torch.cat([sequence[k + 1 :] for sequence in sequences])
+            _, out = ours.mtp(k, read, tokens_T, Sequences.of_lengths(rows))
+            for got, want in zip(out.split(rows), wanted, strict=True):
+                assert_close(got.double(), want[k])

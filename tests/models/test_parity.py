@@ -29,6 +29,16 @@ FAMILIES = {
         {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     ),
     "qwen3": ("Qwen3Config", {"num_hidden_layers": 3, "head_dim": 16}),
+    "qwen3 with windows": (
+        "Qwen3Config",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 2,
+        },
+    ),
     "qwen3 with biases": ("Qwen3Config", {"num_hidden_layers": 2, "head_dim": 16, "attention_bias": True}),
     "mimo_v2_flash": ("MiMoV2FlashConfig", FLASH),
     "mimo_v2_flash, scaled": (
@@ -53,60 +63,12 @@ def test_logits_match_transformers(name, build, tokens, assert_close, tmp_path):
             assert got[~mask].eq(0).all()
 
 
-# The tiny model of FLASH in the hub's own words, written by hand.
-HUB = {
-    "architectures": ["MiMoV2FlashForCausalLM"],
-    "model_type": "",
-    "add_full_attention_sink_bias": False,
-    "add_swa_attention_sink_bias": True,
-    "attention_bias": False,
-    "attention_chunk_size": 8,
-    "attention_dropout": 0.0,
-    "attention_value_scale": 0.707,
-    "head_dim": 24,
-    "v_head_dim": 16,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 24,
-    "swa_v_head_dim": 16,
-    "hidden_act": "silu",
-    "hidden_size": 32,
-    "hybrid_block_size": None,
-    "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0],
-    "moe_layer_freq": [0, 1, 1, 1, 1, 1],
-    "num_hidden_layers": 6,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 8,
-    "n_shared_experts": None,
-    "num_experts_per_tok": 3,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "routed_scaling_factor": None,
-    "layernorm_epsilon": 1e-5,
-    "partial_rotary_factor": 0.334,
-    "rope_theta": 5000000,
-    "swa_rope_theta": 10000,
-    "rope_scaling": {"type": "default"},
-    "sliding_window": 8,
-    "sliding_window_size": 8,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "vocab_size": 97,
-}
-
-
 @pytest.mark.parametrize("drop", [[], ["sliding_window_size"], ["sliding_window"]])
-def test_the_hub_dialect_is_the_same_model(drop, build, tokens, assert_close, tmp_path):
+def test_the_hub_dialect_is_the_same_model(drop, hub, build, tokens, assert_close, tmp_path):
     theirs = build("MiMoV2FlashConfig", FLASH)
     before = load_model(tmp_path).config
-    hub = {key: value for key, value in HUB.items() if key not in drop}
-    (tmp_path / "config.json").write_text(json.dumps(hub))
+    words = {key: value for key, value in hub.items() if key not in drop}
+    (tmp_path / "config.json").write_text(json.dumps(words))
     ours = load_model(tmp_path)
     assert ours.config.layers() == before.layers()
     ids = tokens(2, 33)

@@ -25,7 +25,7 @@ SHAPES = ((2, 2, 16, 40), (4, 2, 40, 24), (4, 1, 64, 64), (8, 1, 96, 80))
 GRID = list(product(LENGTHS, WINDOWS))
 # relative to the largest true value, or to 1 where that is smaller (some gradients are exactly zero)
 TOLERANCE = 1e-5
-LEVELS = ("generic", "avx2", "avx512")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 def dense(q, k, v, cu_q, cu_k, window, sink):
@@ -294,7 +294,7 @@ def test_the_named_instruction_set_is_the_one_that_runs():
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("SATEEN_CPU_ISA", "avx1024")
     monkeypatch.setattr(loader, "_loaded", None)
-    with pytest.raises(ConfigError, match=r"SATEEN_CPU_ISA=avx1024: .*known: generic, avx2, avx512"):
+    with pytest.raises(ConfigError, match=f"SATEEN_CPU_ISA=avx1024: .*known: {', '.join(LEVELS)}"):
         loader.native_available()
     monkeypatch.setenv("SATEEN_CPU_ISA", "")
     assert loader.native_available() is None

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sateen.checkpoint.hf import mismatch, open_shard, read_config, replace_folder, shards
+from sateen.checkpoint.folder import replace_folder
+from sateen.checkpoint.load import mismatch
+from sateen.checkpoint.shards import FLOATS, open_shard, read_config, shards
 from sateen.errors import CheckpointError
 from sateen.models.mimo_audio.tokenizer import AudioTokenizer
 from sateen.models.mimo_audio.tokenizer_config import AudioTokenizerConfig
 
 SUBFOLDER = "audio_tokenizer"
-READABLE = ("F64", "F32", "BF16", "F16")
 
 
 def resolve_audio_tokenizer(path: str | Path) -> Path:
@@ -77,9 +78,9 @@ def load_audio_tokenizer(
                 is_flag = name.endswith(".inited")  # a flag may be stored as a number or as a truth value
                 if shape != wanted:
                     raise CheckpointError(f"{file}: {name} has shape {shape}, the config asks for {wanted}")
-                if view.get_dtype() not in READABLE and not is_flag:
+                if view.get_dtype() not in FLOATS and not is_flag:
                     raise CheckpointError(
-                        f"{file}: {name} is {view.get_dtype()}; readable: {', '.join(READABLE)}"
+                        f"{file}: {name} is {view.get_dtype()}; readable: {', '.join(FLOATS)}"
                     )
                 if torch.device(device).type != "meta":
                     kept = torch.float32 if name in buffers else dtype

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from sateen.checkpoint.hf import load, read_config, resolve
+from sateen.checkpoint.load import load
+from sateen.checkpoint.shards import read_config, resolve
 from sateen.errors import ConfigError
 from sateen.models.decoder import Decoder
 

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sateen.checkpoint.hf import load_model, refuse_foreign, resolve, save
+from sateen.checkpoint.folder import refuse_foreign
+from sateen.checkpoint.hf import DTYPES, load_model, save
+from sateen.checkpoint.load import check
+from sateen.checkpoint.rewrite import rewrite
+from sateen.checkpoint.shards import resolve
 from sateen.errors import ConfigError, unknown_name
 from sateen.models.decoder import Decoder
 from sateen.models.mimo_v2_flash_dialects import in_dialect
@@ -27,37 +31,49 @@ def main(
     stages: int | None = None,
     activations: str | None = None,
     skip: Sequence[str] | None = None,
-    dtype: str | None = None,
+    dtype: str = "keep",
     dialect: str | None = None,
+    mtp: str | None = None,
 ) -> int:
     """Prints the directory it wrote and returns the exit code.
+
+    Where weights keep their form, tensors stream from one directory to the other; otherwise the model is
+    loaded.
 
     Args:
         source: a model directory, a run folder or a GGUF file.
         destination: replaced when it is a model already, refused when it is anything else.
         weights, stages, activations, skip: see `convert`.
-        dtype: of the tensors that stay in floating point; as stored when None.
+        dtype: of the tensors that stay in floating point: `float32`, `bfloat16`, `float16`, or `keep` for
+            what is stored, FP8 codes and scales included.
         dialect: `hub` or `transformers`, how the config of MiMo-V2-Flash is spelt; as it is when None.
+        mtp: a directory with further MTP heads of the model.
     """
     refuse_foreign(Path(destination).resolve())
     folder = resolve(source)
-    model = convert(
-        load_model(folder, dtype=dtype), weights=weights, stages=stages, activations=activations, skip=skip
-    )
-    if dialect is not None:
-        model.config = in_dialect(model.config, dialect)
-        if dialect == "transformers" and model.num_mtp_heads:
-            log.warning(
-                "%s keeps its %d MTP heads; transformers drops them on load", destination, model.num_mtp_heads
-            )
-    if model.config.quant is not None:
-        found = linear_bytes(model)
-        bits = 8 * found["bytes"] / found["weights"]
-        log.info(
-            "%s: %d layers with %d weights take %d bytes, %.2f bits each",
-            model.config.quant.method, found["layers"], found["weights"], found["bytes"], bits,
-        )  # fmt: skip
-    save(model, destination, carry_from=folder)
+    _refuse_flags(weights, stages, activations, skip)
+    if dtype not in ("keep", *DTYPES):
+        raise ConfigError(unknown_name("--dtype", dtype, ("keep", *DTYPES)))
+    if weights == "keep":
+        stored = check(folder, mtp=mtp)
+        rewrite(stored, Path(destination), dtype=DTYPES.get(dtype), dialect=dialect)
+        heads = stored.model.num_mtp_heads
+    else:
+        loaded = load_model(folder, dtype=DTYPES.get(dtype), mtp=mtp)
+        model = convert(loaded, weights=weights, stages=stages, activations=activations, skip=skip)
+        if dialect is not None:
+            model.config = in_dialect(model.config, dialect)
+        if model.config.quant is not None:
+            found = linear_bytes(model)
+            bits = 8 * found["bytes"] / found["weights"]
+            log.info(
+                "%s: %d layers with %d weights take %d bytes, %.2f bits each",
+                model.config.quant.method, found["layers"], found["weights"], found["bytes"], bits,
+            )  # fmt: skip
+        save(model, destination, carry_from=folder)
+        heads = model.num_mtp_heads
+    if dialect == "transformers" and heads:
+        log.warning("%s keeps its %d MTP heads; transformers drops them on load", destination, heads)
     print(destination)
     return 0
 
@@ -82,13 +98,7 @@ def convert(
     Raises:
         ConfigError: the model cannot take this form, or a setting belongs to another one.
     """
-    if weights not in WEIGHTS:
-        raise ConfigError(unknown_name("--weights", weights, WEIGHTS))
-    if stages is not None and weights != "fairy2i":
-        raise ConfigError(f"--stages is for --weights fairy2i; --weights is {weights}")
-    for flag, value in (("--activations", activations), ("--skip", skip)):
-        if value is not None and weights not in METHODS:
-            raise ConfigError(f"{flag} is for {', '.join(METHODS)}; --weights is {weights}")
+    _refuse_flags(weights, stages, activations, skip)
     if weights == "keep":
         return model
     if weights == "packed":
@@ -98,3 +108,15 @@ def convert(
     spec = default_spec(weights)
     asked = {"stages": stages, "act": activations, "skip": None if skip is None else tuple(skip)}
     return quantize_model(model, replace(spec, **{k: v for k, v in asked.items() if v is not None}))  # type: ignore[arg-type]
+
+
+def _refuse_flags(
+    weights: str, stages: int | None, activations: str | None, skip: Sequence[str] | None
+) -> None:
+    if weights not in WEIGHTS:
+        raise ConfigError(unknown_name("--weights", weights, WEIGHTS))
+    if stages is not None and weights != "fairy2i":
+        raise ConfigError(f"--stages is for --weights fairy2i; --weights is {weights}")
+    for flag, value in (("--activations", activations), ("--skip", skip)):
+        if value is not None and weights not in METHODS:
+            raise ConfigError(f"{flag} is for {', '.join(METHODS)}; --weights is {weights}")

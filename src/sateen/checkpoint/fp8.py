@@ -1,15 +1,15 @@
 """Block-quantised FP8 weights: codes of float8_e4m3fn with one float32 scale per block of rows and columns.
 
-A weight `<name>` has its scales in `<name>_scale_inv`; the real number is code times scale. Blocks are 128 x
-128, except where a file has more scale rows than that gives: the key projection of MiMo-V2-Flash's global
-layers has 8 for 768 rows. Three readings of it exist; `choose_rows` lets the codes decide. Shape letters: R
-rows, C columns, r and c rows and columns of scales.
+The real number is code times scale. Blocks are 128 x 128, except where a file has more scale rows than that
+gives: the key projection of MiMo-V2-Flash's global layers has 8 for 768 rows. Three readings of it exist;
+`choose_reading` lets the codes decide. Shape letters: R rows, C columns, r and c rows and columns of scales,
+S rows of a strip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,27 +18,9 @@ from sateen.errors import CheckpointError
 
 BLOCK = 128
 DTYPE = torch.bfloat16  # what weights become where nobody says: their activations' dtype in the release
-SUFFIX = "_scale_inv"
 LARGEST = 448.0  # of float8_e4m3fn: what the largest weight of a block is coded as
+STRIP = 2**18  # numbers whose float32 product is held at a time
 LEAST_SHARE = 0.98  # of blocks that must reach it before a reading is believed (source: ours)
-
-
-def is_fp8(raw: Mapping[str, Any], origin: str) -> bool:
-    """Whether a config.json says that weights are stored as FP8 blocks of the kind read here.
-
-    Raises:
-        CheckpointError: they are FP8 of another kind.
-    """
-    table = raw.get("quantization_config")
-    if not isinstance(table, Mapping) or table.get("quant_method") != "fp8":
-        return False
-    block, form = table.get("weight_block_size"), table.get("fmt", "e4m3")
-    if block is None or list(block) != [BLOCK, BLOCK] or form != "e4m3":
-        raise CheckpointError(
-            f"{origin}: quantization_config: FP8 weights with weight_block_size {block} and fmt {form!r} are "
-            f"not readable; readable: [{BLOCK}, {BLOCK}] and 'e4m3'"
-        )
-    return True
 
 
 def check_shapes(
@@ -58,10 +40,22 @@ def check_shapes(
     row_readings(name, rows, scale_shape[0], head_dim)
 
 
+class Tiling(NamedTuple):
+    """How weight rows share scales: `step` rows each, counted anew every `period` rows."""
+
+    period: int
+    step: int
+
+    def rows(self, num_rows: int, device: torch.device) -> Tensor:
+        """The scale row of each weight row, int64 [R]."""
+        row_R = torch.arange(num_rows, device=device)
+        return row_R // self.period * -(-self.period // self.step) + row_R % self.period // self.step
+
+
 def row_readings(
     name: str, num_rows: int, num_scale_rows: int, head_dim: int | None = None
-) -> dict[str, Tensor]:
-    """The ways to assign scale rows to weight rows, by name; int64 [R] each.
+) -> dict[str, Tiling]:
+    """The ways to assign scale rows to weight rows, by name.
 
     `block`: every 128 rows, scale rows beyond the last block unused. `head`: the count restarts at every head
     of `head_dim` rows, as a file does that was written from one shard per head. `even`: equal shares.
@@ -69,17 +63,16 @@ def row_readings(
     Raises:
         CheckpointError: no reading has this number of scale rows.
     """
-    row = torch.arange(num_rows)
     readings = {}
     blocks = -(-num_rows // BLOCK)
     if num_scale_rows >= blocks:
-        readings["block"] = row // BLOCK
+        readings["block"] = Tiling(num_rows, BLOCK)
     if head_dim is not None and num_rows % head_dim == 0 and num_scale_rows > blocks:
         per_head = -(-head_dim // BLOCK)
         if per_head * (num_rows // head_dim) == num_scale_rows:
-            readings["head"] = row // head_dim * per_head + row % head_dim // BLOCK
+            readings["head"] = Tiling(head_dim, BLOCK)
     if num_scale_rows > blocks and num_rows % num_scale_rows == 0:
-        readings["even"] = row // (num_rows // num_scale_rows)
+        readings["even"] = Tiling(num_rows, num_rows // num_scale_rows)
     if not readings:
         raise CheckpointError(
             f"{name}: {num_rows} rows have {num_scale_rows} rows of FP8 scales; blocks of {BLOCK} need "
@@ -89,7 +82,18 @@ def row_readings(
 
 
 def choose_rows(name: str, codes_RC: Tensor, num_scale_rows: int, head_dim: int | None = None) -> Tensor:
-    """The reading that the codes speak for, int64 [R].
+    """The scale row of each weight row in the reading that the codes speak for, int64 [R].
+
+    Raises:
+        CheckpointError: see `choose_reading`.
+    """
+    reading = choose_reading(name, codes_RC, num_scale_rows, head_dim)
+    num_rows = codes_RC.shape[0]
+    return row_readings(name, num_rows, num_scale_rows, head_dim)[reading].rows(num_rows, codes_RC.device)
+
+
+def choose_reading(name: str, codes_RC: Tensor, num_scale_rows: int, head_dim: int | None = None) -> str:
+    """The name of the reading that the codes speak for.
 
     Each block was scaled so that its largest weight has the largest code. A reading that cuts blocks apart
     makes parts without that weight, so it falls short; one that joins blocks does not. Hence the finest
@@ -100,19 +104,19 @@ def choose_rows(name: str, codes_RC: Tensor, num_scale_rows: int, head_dim: int 
     """
     readings = row_readings(name, codes_RC.shape[0], num_scale_rows, head_dim)
     if len(readings) == 1:
-        return next(iter(readings.values()))
-    shares = {name: _full_share(codes_RC, rows_R) for name, rows_R in readings.items()}
-    full = [name for name in readings if shares[name] >= LEAST_SHARE]
-    finest = max((int(readings[name].max()) for name in full), default=-1)
-    chosen = [name for name in full if int(readings[name].max()) == finest]
-    if len(chosen) != 1:
-        listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        return next(iter(readings))
+    rows = {word: tiling.rows(codes_RC.shape[0], codes_RC.device) for word, tiling in readings.items()}
+    shares = {word: _full_share(codes_RC, rows_R) for word, rows_R in rows.items()}
+    full = {word: int(rows[word].max()) for word, share in shares.items() if share >= LEAST_SHARE}
+    finest = [word for word, last in full.items() if last == max(full.values())]
+    if len(finest) != 1:
+        listed = ", ".join(f"{word} {share:.0%}" for word, share in shares.items())
         raise CheckpointError(
             f"{name}: {num_scale_rows} rows of FP8 scales for {codes_RC.shape[0]} rows can be read in "
             f"several ways and the codes do not tell which (blocks with a largest code: {listed}); "
             "dequantise the file with its vendor's tool"
         )
-    return readings[chosen[0]]
+    return finest[0]
 
 
 def _full_share(codes_RC: Tensor, rows_R: Tensor) -> float:
@@ -130,13 +134,13 @@ def _full_share(codes_RC: Tensor, rows_R: Tensor) -> float:
 def dequantize(
     name: str, codes_RC: Tensor, scale_rc: Tensor, dtype: torch.dtype, *, head_dim: int | None = None
 ) -> Tensor:
-    """The real weights [R, C] in `dtype`.
+    """The real weights [R, C] in `dtype`, on the codes' device.
 
     Args:
-        name: of the weight in its file; errors begin with it.
+        name: of the weight, and of its file where it has one; errors begin with it.
         codes_RC: float8_e4m3fn.
         scale_rc: float scales; a block's real numbers are its codes times its scale.
-        dtype: of the result; the product is formed in float32.
+        dtype: of the result; the product is formed in float32, a strip of rows at a time.
         head_dim: rows of one head, where the weight is a projection of heads.
 
     Raises:
@@ -149,10 +153,15 @@ def dequantize(
         )
     check_shapes(name, codes_RC.shape, scale_rc.shape, head_dim)
     rows_R = choose_rows(name, codes_RC, scale_rc.shape[0], head_dim)
-    scale_rc = scale_rc.float()
+    scale_rc = scale_rc.to(codes_RC.device, torch.float32)
     if not bool((scale_rc[rows_R.unique()] > 0).all()) or not bool(scale_rc.isfinite().all()):
         raise CheckpointError(
             f"{name}: FP8 scales must be finite and above 0; the file is damaged: fetch it again"
         )
-    scale_RC = scale_rc[rows_R].repeat_interleave(BLOCK, 1)[:, : codes_RC.shape[1]]
-    return (codes_RC.float() * scale_RC).to(dtype)
+    real_RC = torch.empty(codes_RC.shape, dtype=dtype, device=codes_RC.device)
+    height = max(1, STRIP // codes_RC.shape[1])
+    for start in range(0, len(rows_R), height):
+        strip = slice(start, start + height)
+        scale_SC = scale_rc[rows_R[strip]].repeat_interleave(BLOCK, 1)[:, : codes_RC.shape[1]]
+        real_RC[strip] = codes_RC[strip].float().mul_(scale_SC)
+    return real_RC

@@ -1,4 +1,4 @@
-"""`sateen inspect MODEL`: what a preset or a directory holds, without reading a weight.
+"""`sateen inspect MODEL`: what a preset or a directory holds, from headers and small files.
 
 A directory's tensor names and shapes are checked against its config on the way, so a broken one is refused
 here as it would be at loading.
@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sateen.checkpoint.file_notes import file_notes
 from sateen.checkpoint.gguf import gguf_bytes, is_gguf
-from sateen.checkpoint.hf import load_model, open_shard, parameter_entries, shards
+from sateen.checkpoint.hf import load_model
+from sateen.checkpoint.load import parameter_entries
+from sateen.checkpoint.shards import DTYPES, Files, by_file, shards
 from sateen.models.decoder import Decoder
 from sateen.models.inspect import describe
 from sateen.models.quant_config import write_quant
 from sateen.models.quantize import linear_bytes
 from sateen.nn.quant import QuantLinear
-
-ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
 def main(model: str, *, context: Sequence[int] = (), kv_dtype: str = "auto", json: bool = False) -> int:
@@ -40,16 +41,18 @@ def main(model: str, *, context: Sequence[int] = (), kv_dtype: str = "auto", jso
 def inspect(model: str | Path, *, context: Sequence[int] = (), kv_dtype: str = "auto") -> dict[str, Any]:
     """`models.inspect.describe`, `weight_bytes`: dtype -> bytes as stored (presets: as float32), and `quant`.
 
-    `quant` is None, or the method, its settings and what its linear layers hold: `layers`, `weights` (real
-    parameters) and `bytes` as stored.
+    What the files of a directory add stands first among the `traps`. `quant` is None, or the method, its
+    settings and what its linear layers hold: `layers`, `weights` (real parameters) and `bytes` as stored.
     """
     built = load_model(model, device="meta")
     if built.source is None:
         tensors = {id(tensor): tensor for tensor in built.state_dict(keep_vars=True).values()}
-        weights = {"F32": sum(tensor.numel() for tensor in tensors.values()) * ELEMENT_BYTES["F32"]}
+        weights = {"F32": sum(tensor.numel() for tensor in tensors.values()) * DTYPES["F32"].itemsize}
     else:
         weights = stored_bytes(built.source)
     found = describe(built, contexts=context, kv_dtype=kv_dtype)
+    if built.source is not None:
+        found["traps"] = file_notes(built.source) + found["traps"]
     return {"model": str(model)} | found | {"weight_bytes": weights, "quant": _quant(built)}
 
 
@@ -66,13 +69,11 @@ def _tensor_bytes(folder: Path) -> dict[str, tuple[str, int]]:
     if is_gguf(folder):
         return gguf_bytes(folder)
     found: dict[str, tuple[str, int]] = {}
-    homes = shards(folder)
-    for file in sorted(set(homes.values())):
-        with open_shard(file) as shard:
-            for name in (key for key, home in homes.items() if home == file):
-                part = shard.get_slice(name)
-                dtype = part.get_dtype()
-                found[name] = dtype, math.prod(part.get_shape()) * ELEMENT_BYTES[dtype]
+    where = shards(folder)
+    files = Files(where)
+    for name in (name for names in by_file(where).values() for name in names):
+        dtype, shape = files.describe(name)
+        found[name] = dtype, math.prod(shape) * DTYPES[dtype].itemsize
     return found
 
 
@@ -101,6 +102,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['model']}: {found['model_type']}, {found['num_hidden_layers']} layers, hidden size "
         f"{found['hidden_size']}, vocabulary {found['vocab_size']}, "
         f"up to {found['max_position_embeddings']} tokens",
+        found["in_words"],
         "",
         *_table(
             [

@@ -8,6 +8,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sateen.errors import ConfigError
 
+# A byte-level vocabulary writes each byte as one visible character: printable Latin-1 as itself, the others
+# as the characters from U+0100 on, in order.
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
+BYTES = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
     """A byte-level BPE vocabulary of exactly `vocab_size` tokens, in the `tokenizers` library's own type.

@@ -70,16 +70,20 @@ class ReplyParser:
     and are dropped. Reasoning that is never closed is reasoning; a call that is never closed is content.
     """
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] = (), *, is_thinking: bool = False):
+    def __init__(
+        self, tools: Sequence[Mapping[str, Any]] = (), *, is_thinking: bool = False, reads_calls: bool = True
+    ):
         """
         Args:
             tools: the functions that were offered, as OpenAI's API or the chat template takes them; their
                 JSON schemas give the arguments' types. A call of another function is told all the same, with
                 texts as arguments.
             is_thinking: the prompt already opened `<think>`, so the reply begins inside it.
+            reads_calls: look for calls; without, what looks like one is content.
         """
         self._types = {name: _parameter_types(schema) for name, schema in map(_signature, tools)}
         self._is_thinking = is_thinking
+        self._reads_calls = reads_calls
         self._state: Literal["start", "reasoning", "content"] = "start"
         self._text = ""  # what came and is not told yet
         self._after_tag = False  # line breaks at the front of `_text` are to be dropped
@@ -106,6 +110,10 @@ class ReplyParser:
             self._enter("content", rest)
         while True:
             self._drop_breaks()
+            if not self._reads_calls:
+                said, self._text = self._text, ""
+                yield from _content(said)
+                return
             said, tag, rest = self._text.partition(CALL)
             if not tag:
                 yield from _content(self._release(CALL, is_last))

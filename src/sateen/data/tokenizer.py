@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as RawTokenizer
 
-from sateen.data.bpe import train_bpe
+from sateen.data.bpe import BYTES, train_bpe
 from sateen.data.template import CHATML, ChatTemplate, Message
 from sateen.errors import CheckpointError, ConfigError, unknown_name
 
@@ -101,6 +102,10 @@ class Tokenizer:
         _write(folder / "tokenizer_config.json", json.dumps(self.config, indent=2, ensure_ascii=False))
         _write(folder / "special_tokens_map.json", json.dumps(special_map, indent=2, ensure_ascii=False))
 
+    def to_json(self) -> str:
+        """The contents of `tokenizer.json`."""
+        return str(self._raw.to_str())
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
@@ -124,7 +129,7 @@ class Tokenizer:
         Raises:
             ConfigError: the vocabulary is not byte-level, so its strings do not show their bytes.
         """
-        if "ByteLevel" not in json.dumps(json.loads(self._raw.to_str())["decoder"]):
+        if not self._is_byte_level:
             raise ConfigError("bytes per token need a byte-level vocabulary; this one has another decoder")
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, i in self._raw.get_vocab(with_added_tokens=False).items():
@@ -132,6 +137,23 @@ class Tokenizer:
         for i, added in self._raw.get_added_tokens_decoder().items():
             sizes[i] = 0 if added.special else len(added.content.encode())
         return sizes
+
+    def token_text(self, token: int) -> bytes:
+        """The bytes that one token stands for; a special token's own string, nothing for an unused id."""
+        added = self._raw.get_added_tokens_decoder().get(token)
+        if added is not None:
+            return str(added.content).encode()
+        written = self._raw.id_to_token(token)
+        if written is None:
+            return b""
+        if self._is_byte_level and BYTES.keys() >= set(written):
+            return bytes(BYTES[c] for c in written)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", written)
+        return bytes.fromhex(byte[1]) if byte else str(self._raw.decode([token])).encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self._raw.to_str())["decoder"])
 
     @property
     def eos_id(self) -> int:
@@ -212,7 +234,9 @@ class Tokenizer:
         ids: list[int] = []
         for piece, may_be_special in self.template.split_rendered(text):
             raw = self._with_specials if may_be_special else self._raw
-            ids.extend(raw.encode(piece, add_special_tokens=False).ids)
+            # The batch call lets other threads run meanwhile, which the plain one does not.
+            (encoding,) = raw.encode_batch_fast([piece], add_special_tokens=False)
+            ids.extend(encoding.ids)
         return ids
 
     def apply_chat_template(

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sateen.checkpoint.audio import load_audio_tokenizer
-from sateen.checkpoint.hf import open_shard
+from sateen.checkpoint.shards import open_shard
 from sateen.data.audio import audio_libraries, read_wave
 from sateen.errors import CheckpointError, ConfigError, ShapeError
 from sateen.models.mimo_audio.tokenizer import AudioTokenizer

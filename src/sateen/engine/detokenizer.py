@@ -23,12 +23,26 @@ class TextTokenizer(Protocol):
 
 
 class Detokenizer:
-    """The growing text of one request, decoded when somebody looks; at once where stop strings may end it."""
+    """The growing text of one request, decoded when somebody looks; at once where stop strings may end it.
 
-    def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
+    `min_tokens` tokens come before one that may complete a stop string; `keeps_stop` leaves it in the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str],
+        *,
+        min_tokens: int = 0,
+        keeps_stop: bool = False,
+        skips_special: bool = True,
+    ):
         self._text = ""
         self._tokenizer = tokenizer
         self._stop = stop
+        self._quiet = min_tokens  # tokens still to come that end nothing
+        self._keeps_stop, self._skips_special = keeps_stop, skips_special
         self._hold = max((len(s) for s in stop), default=1) - 1
         self._ids = list(prompt_ids[-CONTEXT:])
         self._begin = 0  # ids before this one have left
@@ -38,7 +52,11 @@ class Detokenizer:
     def push(self, token: int) -> str | None:
         """Adds a token; returns the stop string that now stands in the text, if one does."""
         self._ids.append(token)
-        return self._advance() if self._stop else None
+        if not self._stop:
+            return None
+        found = self._advance()
+        self._quiet -= 1
+        return found
 
     def _advance(self) -> str | None:
         """Moves what became whole characters into the text."""
@@ -70,16 +88,19 @@ class Detokenizer:
         return len(self.text) if self._is_final else max(0, len(self.text) - self._hold)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special=True)
+        return self._tokenizer.decode(ids, skip_special=self._skips_special)
 
     def _add(self, piece: str) -> str | None:
-        search_from = max(0, len(self._text) - self._hold)
+        known = len(self._text)
         self._text += piece
         self._begin, self._shown = self._shown, len(self._ids)
-        hits = [(at, s) for s in self._stop if (at := self._text.find(s, search_from)) >= 0]
+        if self._quiet > 0:
+            return None
+        starts = [(s, self._text.find(s, max(0, known - len(s) + 1))) for s in self._stop]
+        hits = [(at + len(s), at, s) for s, at in starts if at >= 0]
         if not hits:
             return None
-        at, found = min(hits)
-        self._text = self._text[:at]
+        end, at, found = min(hits)  # the first to be complete, wherever the borders of tokens are
+        self._text = self._text[: end if self._keeps_stop else at]
         self._is_final = True
         return found

@@ -8,7 +8,7 @@ loop.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,35 @@ from sateen.checkpoint.hf import load_model
 from sateen.data.tokenizer import Tokenizer, check_vocab
 from sateen.engine.cache import KVCache
 from sateen.engine.contract import Engine, Prompt, WeightUpdate, copy_weights
+from sateen.engine.draft_length import DraftLength
+from sateen.engine.draft_stats import DraftStats
 from sateen.engine.intake import Intake, find_tokenizer
-from sateen.engine.request import DraftStats, RequestOutput, SamplingParams
+from sateen.engine.limits import Deadlines, Pace, check_deadline
+from sateen.engine.prefix import prefix_cache_for
+from sateen.engine.request import RequestOutput, SamplingParams
 from sateen.engine.runner import Runner
-from sateen.engine.scheduler import Scheduler
+from sateen.engine.scheduler import Chunk, Scheduler
 from sateen.engine.sizing import cache_size, kv_dtype
 from sateen.engine.state import Request
-from sateen.errors import BackendUnavailable, ConfigError, RequestError, unknown_name
+from sateen.engine.weights import check_weights, new_tensors, serving_model
+from sateen.errors import ConfigError, QueueFull, RequestError, unknown_name
 from sateen.models.decoder import Decoder
-from sateen.models.quantize import pack_model
 
 __all__ = ["LLM", "Engine", "EngineStats", "StreamChunk", "WeightUpdate"]
 
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """News of one request: its place in the call, new text, new tokens, and whether it is complete."""
+    """News of one completion: its prompt's place in the call, new text and tokens, whether it is complete.
+
+    `completion` is its place among the prompt's, as in `CompletionOutput.index`.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     finished: bool
+    completion: int = 0
 
 
 @dataclass
@@ -50,6 +58,7 @@ class EngineStats:
         generated_tokens: emitted.
         seconds: spent in steps.
         preemptions: requests that gave back their rows and computed them again.
+        aborted: requests that were dropped or ran out of time.
         draft: sums over finished requests.
     """
 
@@ -58,6 +67,7 @@ class EngineStats:
     generated_tokens: int = 0
     seconds: float = 0.0
     preemptions: int = 0
+    aborted: int = 0
     draft: DraftStats = field(default_factory=DraftStats)
 
 
@@ -68,8 +78,10 @@ class LLM:
         model: the decoder.
         tokenizer: its tokenizer, or None; without one prompts are token ids and outputs have no text.
         max_model_len: most tokens of a prompt and its completion together.
-        num_draft: tokens drafted per pass.
+        num_draft: most tokens drafted per pass.
+        draft_length: how many of them pay, where `draft` is `auto`.
         weights_version: from the last `update_weights`; 0 before.
+        prefix: what prompts have in common, or None.
     """
 
     def __init__(
@@ -80,6 +92,7 @@ class LLM:
         draft: str = "auto",
         attention: str = "auto",
         weights: str = "auto",
+        step: str = "auto",
         kv_cache_dtype: str = "auto",
         dtype: str | None = None,
         device: str | None = None,
@@ -90,18 +103,29 @@ class LLM:
         num_pages: int | None = None,
         seed: int = 0,
         record_routing: bool = False,
+        prefix_cache: bool = True,
+        anchor_memory_bytes: int | None = None,
+        max_waiting: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """Loads a model and allocates its caches.
 
         Args:
             model: a decoder, or what `load_model` takes: a directory, a run folder or a preset.
             tokenizer: instead of the one in the model's directory.
-            draft: `mtp` drafts with the model's heads, `none` does not, `auto` does where there are heads.
+            draft: `mtp` drafts with all of the model's heads, `none` does not. `auto` drafts where there are
+                heads and, but for seeded sampling, as far as it pays by the engine's own measurements; the
+                tokens of sampling without a seed then depend on them.
             attention: `auto` computes over cached rows in floating point, `int8` with integer products; it
                 is for layers of full and sliding attention, and the first step refuses models with others.
                 `score` has no cache and always computes in floating point.
-            weights: `auto` as stored; `fairy2` packs the complex two-bit weights of a model that has them as
-                masters, and takes packed ones as they are.
+            weights: `auto` as stored; `int8` and `int4` round the linear layers of a floating-point model to
+                eight or four bits and their inputs to int8, the output matrix to int8 with both, and keep the
+                embedding; `fairy2` packs the complex two-bit weights of a model that has them as masters, and
+                takes packed ones as they are.
+            step: how the trunk runs for up to 64 tokens, decoding above all: `native` in one compiled call,
+                `torch` layer by layer; `auto` is native where it can be. Longer steps and `score` run in
+                torch.
             kv_cache_dtype: `auto` (the model's), `fp32`, `bf16`, `fp16`, or `int8` with a scale per token and
                 head.
             dtype: of the weights; as stored when None. Not for a decoder object.
@@ -114,18 +138,27 @@ class LLM:
             num_pages: pages of 64 tokens, instead of `kv_memory_bytes`.
             seed: of requests without a seed.
             record_routing: outputs carry the experts that every token used, for models that have experts.
+            prefix_cache: a prompt that begins like an earlier one starts where its rows are still known.
+            anchor_memory_bytes: bound of the copies of sliding windows that `prefix_cache` keeps, which come
+                on top of the caches; when None two per sequence or an eighth of the paged caches, whichever
+                is more (source: ours).
+            max_waiting: requests that `add` lets wait beside those in work; None for any number.
+            clock: seconds that `deadline_s` is measured in.
 
         Raises:
             ConfigError: a value that is not accepted, or a tokenizer that does not fit the model.
-            BackendUnavailable: a mode that is not built yet.
+            BackendUnavailable: `step` is `native` and cannot be.
         """
         if attention not in ("auto", "int8"):
             raise ConfigError(unknown_name("attention", attention, ("auto", "int8")))
-        _check_weights(weights)
+        check_weights(weights)
+        self._weights = weights
         if draft not in ("auto", "mtp", "none"):
             raise ConfigError(unknown_name("draft", draft, ("auto", "mtp", "none")))
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {max_num_seqs}; accepted: 1 or more")
+        if max_waiting is not None and max_waiting < 0:
+            raise ConfigError(f"max_waiting is {max_waiting}; accepted: 0 or more, or None for no bound")
         if isinstance(model, Decoder):
             if dtype is not None or device is not None:
                 raise ConfigError(
@@ -135,8 +168,7 @@ class LLM:
         else:
             model = load_model(model, dtype=dtype, device=device)
             self._trained = None
-        if weights == "fairy2":
-            model = _packed_fairy2(model)
+        model = serving_model(model, weights)
         self.model = model.eval()
         config = model.config
         if tokenizer is not None:
@@ -147,6 +179,7 @@ class LLM:
                 "draft 'mtp' needs MTP heads and this model has none; use draft='auto' or 'none'"
             )
         self.num_draft = 0 if draft == "none" else config.num_mtp_heads
+        self.draft_length = DraftLength(self.num_draft) if draft == "auto" and self.num_draft else None
         if max_num_batched_tokens < max_num_seqs * (1 + self.num_draft):
             raise ConfigError(
                 f"max_num_batched_tokens {max_num_batched_tokens} is too small; {max_num_seqs} sequences "
@@ -169,11 +202,21 @@ class LLM:
         num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
         self.runner = Runner(
             model, self.cache, num_tokens=num_tokens, drafts=self.num_draft > 0,
-            records_routing=record_routing,
+            records_routing=record_routing, step=step,
+        )  # fmt: skip
+        self.prefix = prefix_cache_for(
+            self.cache, wanted=prefix_cache, records_routing=bool(self.runner.routed_layers),
+            max_anchor_bytes=anchor_memory_bytes,
         )  # fmt: skip
         self.scheduler = Scheduler(
-            self.cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
-        )
+            self.cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            prefix=self.prefix,
+        )  # fmt: skip
+        self.max_waiting = max_waiting
+        self._clock, self._deadlines, self._pace = clock, Deadlines(), Pace()
+        self._ended: list[Request] = []  # aborted since the last step, which reports them
+        self._own_tensors = [w for w in (*model.parameters(), *model.buffers()) if not w.is_inference()]
+        self._seen_weights = self._weights_state()
         self.weights_version = 0
         self._intake = Intake(model, self.tokenizer, size.max_model_len, seed)
         self._stats = EngineStats()
@@ -183,7 +226,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """One output per prompt, in order.
+        """One output per prompt, in order, with its `n` completions.
 
         Args:
             prompts: a text or a list of token ids, or a list of these.
@@ -210,18 +253,23 @@ class LLM:
         return self._stream(requests)
 
     def _stream(self, requests: list[Request]) -> Iterator[StreamChunk]:
-        index = {id(request): i for i, request in enumerate(requests)}
+        index = {id(request): i for i, first in enumerate(requests) for request in first.siblings}
         for request in self._run(requests):
-            tokens = request.tokens[request.num_prompt + request.stream_tokens :]
-            request.stream_tokens += len(tokens)
-            text = ""
-            if request.detokenizer:
-                end = request.detokenizer.sendable()
-                text, request.stream_text = request.detokenizer.text[request.stream_text : end], end
-            yield StreamChunk(index[id(request)], text, tokens, request.finish_reason is not None)
+            yield self.news(request, index[id(request)])
 
-    def _run(self, requests: list[Request]) -> Iterator[Request]:
-        """Steps until all of these are finished; yields each whenever it got new tokens."""
+    def news(self, request: Request, index: int = 0) -> StreamChunk:
+        """What a request got since this was last asked; text that a stop string may take back is held."""
+        tokens = request.tokens[request.num_prompt + request.stream_tokens :]
+        request.stream_tokens += len(tokens)
+        text = ""
+        if request.detokenizer:
+            end = request.detokenizer.sendable()
+            text, request.stream_text = request.detokenizer.text[request.stream_text : end], end
+        return StreamChunk(index, text, tokens, request.finish_reason is not None, request.index)
+
+    def _run(self, firsts: list[Request]) -> Iterator[Request]:
+        """Steps until all completions of these are finished; yields each whenever it got new tokens."""
+        requests = [request for first in firsts for request in first.siblings]
         mine = {id(request) for request in requests}
         try:
             for request in requests:
@@ -235,24 +283,80 @@ class LLM:
         finally:
             for request in requests:
                 if id(request) in mine:
-                    self.scheduler.remove(request)
+                    self._abort(request)
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+    def add(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, deadline_s: float | None = None
+    ) -> Request:
         """Queues one request; `step` advances it and `request.output()` shows it at any time.
+
+        For several completions it is the first one's; `request.siblings` are all of them.
+
+        Args:
+            prompt: a text or a list of token ids.
+            params: how its tokens are chosen.
+            deadline_s: seconds from now after which it ends with what it has, as `abort` with the stop reason
+                `deadline`.
 
         Raises:
             RequestError: a prompt or setting that cannot be served.
+            QueueFull: `max_waiting` requests are waiting already; `generate` is not bounded by it.
         """
-        request = self._intake.request(prompt, params or SamplingParams())
-        self._queue(request)
+        params = params or SamplingParams()
+        if deadline_s is not None:
+            check_deadline(deadline_s)
+        self._check_room(params.n)
+        request = self._intake.request(prompt, params)
+        for sibling in request.siblings:
+            if deadline_s is not None:
+                sibling.deadline = self._clock() + deadline_s
+                self._deadlines.add(sibling)
+            self._queue(sibling)
         return request
 
+    def _check_room(self, count: int) -> None:
+        if self.max_waiting is None:
+            return
+        places = self.max_waiting + self.scheduler.max_num_seqs
+        if count > places:
+            raise RequestError(f"n is {count}, but at most {places} requests can run and wait; lower n")
+        if self.scheduler.num_unfinished + count > places:
+            wait_s = self._pace.retry_after_s(self._clock(), self.scheduler.running, self._tokens_per_s)
+            raise QueueFull(
+                f"{len(self.scheduler.waiting)} requests are waiting and at most {self.max_waiting} may; "
+                f"try again in {wait_s:.3g} s",
+                wait_s,
+            )
+
+    @property
+    def _tokens_per_s(self) -> float:
+        return self._stats.generated_tokens / self._stats.seconds if self._stats.seconds else 0.0
+
     def _queue(self, request: Request) -> None:
-        self._stats.prompt_tokens += request.num_prompt
+        self._stats.prompt_tokens += request.num_prompt if request.index == 0 else 0
+        choice = self.draft_length
+        request.wants_drafts = choice is None or request.params.is_repeatable or choice.wants_drafts()
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
-        """Drops an unfinished request; its rows are free at once."""
+        """Ends a request and the other completions of its prompt as they are; their rows are free at once.
+
+        The next `step` returns them among the finished ones; what is finished already stays as it is.
+        """
+        for sibling in request.siblings:
+            if sibling.finish_reason is None:
+                self._abort(sibling)
+                self._ended.append(sibling)
+
+    def _abort(self, request: Request, reason: str | None = None) -> None:
+        request.abort(reason)
+        self._stats.aborted += 1
+        self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        if request.entry is not None:
+            self._pace.ended(self._clock())
+        self._stats.draft.add(request.draft)
         self.scheduler.remove(request)
 
     @property
@@ -261,23 +365,71 @@ class LLM:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     def step(self) -> list[Request]:
-        """One forward over what the scheduler picks; returns the requests that got new tokens."""
+        """One forward over what the scheduler picks.
+
+        Returns:
+            The requests that got new tokens, and those that were aborted or expired since the last step.
+        """
         start = time.perf_counter()
+        for request in self._deadlines.expired(self._clock()):
+            self._abort(request, "deadline")
+            self._ended.append(request)
+        self._deadlines.sweep(self.scheduler.num_unfinished)
+        ended, self._ended = self._ended, []
+        if self.prefix is not None and not self.scheduler.running and self.scheduler.waiting:
+            self._forget_old_weights()
+        if self.draft_length is not None:
+            self.scheduler.max_drafts = self.draft_length.verify_length()
         chunks = self.scheduler.plan()
         if not chunks:
-            return []
+            return ended
         emitted = self.runner.step(chunks)
+        self.scheduler.advance(chunks)
+        if self.draft_length is not None:
+            self._weigh_drafts(self.draft_length, chunks, emitted)
         stats = self._stats
         for request, count in emitted:
             stats.generated_tokens += count
             if request.num_generated == count:
                 request.weights_version = self.weights_version
             if request.finish_reason is not None:
-                stats.draft.add(request.draft)
-                self.scheduler.remove(request)
+                self._finish(request)
         stats.steps += 1
         stats.seconds += time.perf_counter() - start
-        return [request for request, _ in emitted]
+        return ended + [request for request, _ in emitted]
+
+    def _weigh_drafts(
+        self, choice: DraftLength, chunks: Sequence[Chunk], emitted: Sequence[tuple[Request, int]]
+    ) -> None:
+        """Tells the choice of draft lengths what a step of nothing but decoding took and brought."""
+        if any(not chunk.samples or chunk.count != 1 + len(chunk.drafts) for chunk in chunks):
+            return
+        trunk_s, heads_s = self.runner.seconds
+        fates = [
+            (len(chunk.drafts), count - 1)
+            for chunk, (request, count) in zip(chunks, emitted, strict=True)
+            if chunk.drafts and request.finish_reason is None
+        ]
+        is_decided = choice.record(
+            sequences=len(chunks), rows=sum(chunk.count for chunk in chunks), trunk_s=trunk_s,
+            heads_s=heads_s if any(chunk.request.wants_drafts for chunk in chunks) else 0.0, drafts=fates,
+        )  # fmt: skip
+        if is_decided and choice.length == 0:
+            for request in (*self.scheduler.running, *self.scheduler.waiting):
+                if not request.params.is_repeatable:
+                    request.wants_drafts = False
+                    request.drafts, request.draft_probs = [], None
+
+    def _weights_state(self) -> list[int]:
+        """Changes whenever torch changes a weight in place: a trainer may own the very same tensors."""
+        return [tensor._version for tensor in self._own_tensors]
+
+    def _forget_old_weights(self) -> None:
+        state = self._weights_state()
+        if state != self._seen_weights:
+            assert self.prefix is not None
+            self.prefix.clear()
+            self._seen_weights = state
 
     def score(self, token_id_lists: Sequence[Sequence[int]]) -> list[list[float]]:
         """Raw log-probabilities at temperature 1 of all tokens but the first: lists of length n - 1.
@@ -310,10 +462,9 @@ class LLM:
         Raises:
             CheckpointError: names or shapes that are not the model's; the weights are then as before.
         """
-        if update.source is not None:
-            copy_weights(self.model, update.source)
-        elif self._trained is not None and self._trained is not self.model:
-            copy_weights(self.model, pack_model(self._trained).state_dict())
+        source = new_tensors(self.model, self._weights, self._trained, update.source)
+        if source is not None:
+            copy_weights(self.model, source)
         self.weights_version = update.version
         self.scheduler.restart_all()
 
@@ -322,44 +473,42 @@ class LLM:
         stats = self._stats
         stats.preemptions = self.scheduler.num_preemptions
         return asdict(stats) | {
-            "tokens_per_s": stats.generated_tokens / stats.seconds if stats.seconds else 0.0,
+            "tokens_per_s": self._tokens_per_s,
             "acceptance_length": stats.draft.acceptance_length,
             "acceptance_by_position": stats.draft.acceptance_by_position,
             "allocated_bytes": self.cache.allocated_bytes(),
+            "draft_decisions": self.draft_length.decisions if self.draft_length is not None else [],
             "draft_state_bytes": self.runner.drafter.allocated_bytes if self.runner.drafter else 0,
+            "waiting": len(self.scheduler.waiting),
+            "running": len(self.scheduler.running),
+            "cache": self.cache.usage(),
+            "prefix": self.prefix.stats() if self.prefix is not None else None,
         }
 
     def allocated_layers(self) -> list[dict[str, Any]]:
-        """For each layer, MTP heads last: `layer`, `layer_kind`, `layouts` and the allocated `bytes`."""
+        """For each layer, MTP heads last: `layer`, `layer_kind`, `layouts` and bytes.
+
+        `bytes` are allocated; sequences hold `used_bytes` of them now and held at most `peak_bytes`.
+        """
         config = self.model.config
         kinds = [spec.attention for spec in config.specs]
         kinds += [config.mtp.layer.attention] * self.num_draft if config.mtp else []
+        sizes = zip(
+            self.cache.allocated_bytes_by_layer(),
+            self.cache.bytes_in_use_by_layer(),
+            self.cache.bytes_in_use_by_layer(at_peak=True),
+            strict=True,
+        )
         return [
-            {"layer": i, "layer_kind": kind, "layouts": [layout.kind for layout in group], "bytes": size}
-            for i, (kind, group, size) in enumerate(
-                zip(kinds, self.cache.layouts, self.cache.allocated_bytes_by_layer(), strict=True)
+            {
+                "layer": i, "layer_kind": kind, "layouts": [layout.kind for layout in group],
+                "bytes": allocated, "used_bytes": used, "peak_bytes": peak,
+            }
+            for i, (kind, group, (allocated, used, peak)) in enumerate(
+                zip(kinds, self.cache.layouts, sizes, strict=True)
             )
-        ]
+        ]  # fmt: skip
 
     def kv_bytes(self, context: int) -> dict[str, int]:
         """Bytes that one sequence of `context` tokens occupies, per kind of layout."""
         return self.cache.kv_bytes(context)
-
-
-def _check_weights(weights: str) -> None:
-    known = ("auto", "int8", "int4", "fairy2")
-    if weights not in known:
-        raise ConfigError(unknown_name("weights", weights, known))
-    if weights in ("int8", "int4"):
-        raise BackendUnavailable(f"weights {weights!r} is not built yet; available: auto, fairy2")
-
-
-def _packed_fairy2(model: Decoder) -> Decoder:
-    quant = model.config.quant
-    if quant is None or quant.method not in ("phase", "fairy2i"):
-        have = "full-precision" if quant is None else quant.method
-        raise ConfigError(
-            f"weights 'fairy2' packs complex two-bit weights and this model's are {have}; convert it with "
-            "`sateen convert SRC DST --weights fairy2i`, or train one with the qat stage"
-        )
-    return pack_model(model)

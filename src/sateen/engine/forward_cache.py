@@ -7,6 +7,7 @@ K key/value heads, H and V head sizes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -40,6 +41,20 @@ class RowIndex(NamedTuple):
     cu_seqlens_k: Tensor
     order: Tensor | None = None
     keep: Tensor | None = None
+
+
+class Owners(NamedTuple):
+    """Whose the new rows are, for int8 rows; the same in every layer.
+
+    Attributes:
+        slots: of each sequence.
+        sequence_of: sequence number of each new row.
+        fresh: for sequences that begin, their slot and the span of new rows that fixes their key mean.
+    """
+
+    slots: Tensor
+    sequence_of: Tensor
+    fresh: list[tuple[int, int, int]]
 
 
 class ForwardCache:
@@ -96,18 +111,12 @@ class ForwardCache:
 
         The chunk that writes a sequence's first row fixes the mean that its keys are stored without.
         """
-        scales = pool.scales
+        scales, owners = pool.scales, self._owners
         assert scales is not None
-        end = 0
-        for entry, start, count in zip(self.entries, self.starts, self.counts, strict=True):
-            if start == 0:
-                taken = min(count, entry.mean_rows)
-                scales.k_mean_LKH[entry.slot] = k_TKH[end : end + taken].float().mean(0)
-            end += count
-        slots = self._tensor(np.asarray([entry.slot for entry in self.entries], dtype=np.int64))
-        mean_BKH = scales.k_mean_LKH.index_select(0, slots)
-        counts = self._tensor(np.asarray(self.counts, dtype=np.int64))
-        centred = k_TKH.float() - mean_BKH.repeat_interleave(counts, dim=0, output_size=end)
+        for slot, first, last in owners.fresh:
+            scales.k_mean_LKH[slot] = k_TKH[first:last].float().mean(0)
+        mean_BKH = scales.k_mean_LKH.index_select(0, owners.slots)
+        centred = k_TKH.float() - mean_BKH.index_select(0, owners.sequence_of)
         (k8, k_scale), (v8, v_scale) = ops.quantize_int8(centred), ops.quantize_int8(v_TKV)
         return ops.Int8Rows(
             _extend(pool.k_RKH, k8, rows),
@@ -116,6 +125,20 @@ class ForwardCache:
             _extend(scales.v_scale_RK, v_scale.squeeze(-1), rows),
             mean_BKH,
         )
+
+    @cached_property
+    def _owners(self) -> Owners:
+        counts = np.asarray(self.counts, dtype=np.int64)
+        ends = np.cumsum(counts)
+        fresh = [
+            (entry.slot, first := end - count, first + min(count, entry.mean_rows))
+            for entry, start, count, end in zip(
+                self.entries, self.starts, self.counts, ends.tolist(), strict=True
+            )
+            if start == 0
+        ]
+        slots = np.asarray([entry.slot for entry in self.entries], dtype=np.int64)
+        return Owners(self._tensor(slots), self._tensor(np.repeat(np.arange(len(counts)), counts)), fresh)
 
     def read(self, index: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
         return self._published[self.cache.sources[index, name], name]
@@ -140,12 +163,12 @@ class ForwardCache:
         olds = np.minimum(starts, window - 1)
         offsets = self._offsets((olds + counts).tolist())
         if counts.max() <= ring - window + 1:
-            write = _ring_rows(bases, starts, counts, ring)
-            read = _ring_rows(bases, starts - olds, olds + counts, ring)
+            write = ring_rows(bases, starts, counts, ring)
+            read = ring_rows(bases, starts - olds, olds + counts, ring)
             return RowIndex(self._tensor(write), self._tensor(read), offsets)
         kept = np.minimum(counts, ring)
-        write = _ring_rows(bases, starts + counts - kept, kept, ring)
-        read = _ring_rows(bases, starts - olds, olds, ring)
+        write = ring_rows(bases, starts + counts - kept, kept, ring)
+        read = ring_rows(bases, starts - olds, olds, ring)
         keep_parts, order_parts = [], []
         old_at, new_at = 0, len(read)
         for n, old, last in zip(counts.tolist(), olds.tolist(), kept.tolist(), strict=True):
@@ -210,7 +233,7 @@ class LayerView:
         )
 
 
-def _ring_rows(bases: Rows, firsts: Rows, counts: Rows, ring: int) -> Rows:
+def ring_rows(bases: Rows, firsts: Rows, counts: Rows, ring: int) -> Rows:
     """Pool rows of `counts[i]` positions from `firsts[i]` on in the ring that begins at `bases[i]`."""
     ends = np.cumsum(counts)
     within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Sequence
 from numbers import Integral
@@ -14,7 +15,9 @@ from sateen.data.tokenizer import Tokenizer, check_vocab
 from sateen.engine.contract import Prompt
 from sateen.engine.detokenizer import Detokenizer
 from sateen.engine.request import SamplingParams
+from sateen.engine.shaping import Shaper
 from sateen.engine.state import Request
+from sateen.engine.structured import Grammars
 from sateen.errors import RequestError
 from sateen.models.decoder import Decoder
 
@@ -32,6 +35,7 @@ class Intake:
         self.max_model_len = max_model_len
         self._vocab_size = model.config.vocab_size
         self._end_ids = _end_ids(model, tokenizer)
+        self._grammars = Grammars(tokenizer, self._end_ids)
         self._seeds = torch.Generator().manual_seed(seed)
         self._next_id = 0
 
@@ -54,7 +58,7 @@ class Intake:
         return [self.request(prompt, one) for prompt, one in zip(listed, each, strict=True)]
 
     def request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        """One request.
+        """The first of the requests of a prompt's `n` completions; its `siblings` are all of them.
 
         Raises:
             RequestError: the prompt or a setting cannot be served.
@@ -67,27 +71,60 @@ class Intake:
             )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer and this model has none; use stop_token_ids")
-        generator = None
-        if not params.is_greedy:
-            seed = params.seed
-            if seed is None:
-                seed = int(torch.randint(2**62, (), generator=self._seeds))
-            generator = torch.Generator().manual_seed(seed)
+        self._check_tokens(params)
+        siblings: list[Request] = []
+        for index in range(params.n):
+            siblings.append(self._completion(prompt, ids, params, index))
+            siblings[-1].siblings = siblings
+        return siblings[0]
+
+    def _completion(self, prompt: Prompt, ids: list[int], params: SamplingParams, index: int) -> Request:
         detokenizer = None
         if self.tokenizer is not None and params.detokenize:
-            detokenizer = Detokenizer(self.tokenizer, ids, params.stop_strings)
+            detokenizer = Detokenizer(
+                self.tokenizer, ids, params.stop_strings, min_tokens=params.min_tokens,
+                keeps_stop=params.include_stop_str_in_output, skips_special=params.skip_special_tokens,
+            )  # fmt: skip
+        stop_ids = self._stop_ids(params)
+        grammar = self._grammars.start(params, len(ids))
         self._next_id += 1
         return Request(
             request_id=self._next_id,
             params=params,
-            tokens=ids,
+            tokens=list(ids),
             num_prompt=len(ids),
             max_new=min(params.max_tokens, self.max_model_len - len(ids)),
             prompt=prompt if isinstance(prompt, str) else None,
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids),
-            generator=generator,
+            stop_ids=stop_ids,
+            generator=None if params.is_greedy else self._generator(params.seed, index),
             detokenizer=detokenizer,
+            shaper=Shaper.of(params, prompt=ids, stop_ids=stop_ids, grammar=grammar),
+            index=index,
+            prompt_logprobs=[None] if params.prompt_logprobs is not None and index == 0 else [],
         )
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
+
+    def _generator(self, seed: int | None, index: int) -> torch.Generator:
+        if seed is None:
+            seed = int(torch.randint(2**62, (), generator=self._seeds))
+        elif index:
+            seed = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "little") >> 1
+        return torch.Generator().manual_seed(seed)
+
+    def _check_tokens(self, params: SamplingParams) -> None:
+        """Nothing, when the settings name tokens of the vocabulary and leave some to choose from."""
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or {})):
+            for token in ids:
+                if token >= self._vocab_size:
+                    accepted = f"0 to {self._vocab_size - 1}"
+                    raise RequestError(
+                        f"{name} has token id {token}, out of the vocabulary; accepted: {accepted}"
+                    )
+        num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else self._vocab_size
+        if params.min_tokens and len(self._stop_ids(params)) >= num_tokens:
+            raise RequestError("min_tokens needs a token that is not among stop_token_ids; every one is")
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -135,7 +172,8 @@ def find_tokenizer(model: Decoder) -> Tokenizer | None:
 
 
 def _end_ids(model: Decoder, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's and `eos_token_id` of the config."""
+    """Tokens that end a text: the tokenizer's and `eos_token_id` of the config, where they are tokens."""
     eos = model.config.raw.get("eos_token_id")
     named = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return frozenset(tokenizer.stop_ids if tokenizer is not None else ()) | frozenset(named)
+    ends = {*named, *(tokenizer.stop_ids if tokenizer is not None else ())}
+    return frozenset(end for end in ends if 0 <= end < model.config.vocab_size)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
 
 from sateen.engine.cache import KVCache
-from sateen.engine.request import Logprob
-from sateen.engine.sampler import mask_padding, raw_logprobs
+from sateen.engine.logprobs import completion_logprobs, score_prompt
+from sateen.engine.native_step import MAX_TOKENS, native_step
+from sateen.engine.sampler import mask_padding
 from sateen.engine.scheduler import Chunk
-from sateen.engine.speculative import Drafter, DraftJob, verify
+from sateen.engine.shaping import shape
+from sateen.engine.speculative import Drafter, DraftJob
 from sateen.engine.state import Request
+from sateen.engine.verification import verify
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import LayerLinks, Sequences
 
@@ -27,15 +30,26 @@ class Runner:
         num_tokens: vocabulary rows that are tokens; the padding rows behind them are never sampled.
         drafter: the MTP heads at work, or None.
         routed_layers: mixtures of experts of the trunk whose choices requests keep; empty for none.
+        native: runs small steps in one native call; None where every step runs in torch.
+        seconds: of the last step, in the trunk with the choice of tokens and in the MTP heads.
     """
 
     def __init__(
-        self, model: Decoder, cache: KVCache, *, num_tokens: int, drafts: bool, records_routing: bool = False
+        self,
+        model: Decoder,
+        cache: KVCache,
+        *,
+        num_tokens: int,
+        drafts: bool,
+        records_routing: bool = False,
+        step: str = "auto",
     ):
         self.model, self.cache, self.num_tokens = model, cache, num_tokens
         trunk = range(model.config.num_hidden_layers)
         self.routed_layers = tuple(sorted(set(model.moe_layers()) & set(trunk))) if records_routing else ()
-        self.drafter = Drafter(model, cache, num_tokens) if drafts else None
+        self.native = native_step(step, model, cache)
+        self.drafter = Drafter(model, cache, num_tokens, self.native) if drafts else None
+        self.seconds = 0.0, 0.0
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk]) -> list[tuple[Request, int]]:
@@ -44,30 +58,39 @@ class Runner:
         Returns:
             Each request that got new tokens, with their number. Finished ones still hold their rows.
         """
-        device = self.model.device
+        start = time.perf_counter()
         ids = [token for chunk in chunks for token in chunk.token_ids()]
         counts = [chunk.count for chunk in chunks]
-        positions = [t for chunk in chunks for t in range(chunk.start, chunk.start + chunk.count)]
         offsets = [0]
         for count in counts:
             offsets.append(offsets[-1] + count)
-        seq = Sequences(
-            torch.tensor(offsets, dtype=torch.int32, device=device),
-            torch.tensor(positions, dtype=torch.int64, device=device),
-        )
         view = self.cache.forward([chunk.entry for chunk in chunks], counts)
         links = LayerLinks()
-        hidden = self.model.trunk(torch.tensor(ids, device=device), seq, view, links)
+        if self.native is not None and len(ids) <= MAX_TOKENS:
+            hidden = self.native.trunk(ids, view, links)
+        else:
+            device = self.model.device
+            positions = [t for chunk in chunks for t in range(chunk.start, chunk.start + chunk.count)]
+            seq = Sequences(
+                torch.tensor(offsets, dtype=torch.int32, device=device),
+                torch.tensor(positions, dtype=torch.int64, device=device),
+            )
+            hidden = self.model.trunk(torch.tensor(ids, device=device), seq, view, links)
         emitted = self._emit(chunks, offsets, hidden)
         if self.routed_layers:
             self._record_routes(chunks, offsets, links)
+        drafting = time.perf_counter()
         if self.drafter is not None:
             jobs = [
                 DraftJob(chunk.request, chunk.entry, chunk.start, chunk.count, offset, chunk.samples)
                 for chunk, offset in zip(chunks, offsets, strict=False)
-                if chunk.request.finish_reason is None and chunk.request.remaining > 1
+                if chunk.request.wants_drafts
+                and chunk.request.finish_reason is None
+                and chunk.request.remaining > 1
             ]
-            self.drafter.run(jobs, hidden)
+            if jobs:
+                self.drafter.run(jobs, hidden)
+        self.seconds = drafting - start, time.perf_counter() - drafting
         return emitted
 
     def _record_routes(self, chunks: Sequence[Chunk], offsets: list[int], links: LayerLinks) -> None:
@@ -79,19 +102,22 @@ class Runner:
 
     def _emit(self, chunks: Sequence[Chunk], offsets: list[int], hidden: Tensor) -> list[tuple[Request, int]]:
         """Samples or verifies where a chunk reached the newest token; cuts rejected drafts off the caches."""
+        for chunk, offset in zip(chunks, offsets, strict=False):
+            if chunk.request.needs_prompt_rows:
+                score_prompt(self.model, chunk.request, chunk.start, hidden[offset : offset + chunk.count])
         ready = [(chunk, end) for chunk, end in zip(chunks, offsets[1:], strict=True) if chunk.samples]
         if not ready:
             return []
         rows = [row for chunk, end in ready for row in range(end - 1 - len(chunk.drafts), end)]
         picked = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=hidden.device)]
-        raw = self.model.logits(self.model.head_input(picked))
+        raw = self._logits(picked)
         requests = [chunk.request for chunk, _ in ready]
         drafts = [chunk.drafts for chunk, _ in ready]
-        tokens = verify(mask_padding(raw, self.num_tokens), requests, drafts)
+        shaped = shape(mask_padding(raw, self.num_tokens), requests, drafts)
+        tokens = verify(shaped, requests, drafts)
+        found = completion_logprobs(raw, shaped, requests, drafts, tokens)
         emitted = []
-        for (chunk, _), new, logprobs in zip(
-            ready, tokens, _logprobs(raw, requests, drafts, tokens), strict=True
-        ):
+        for (chunk, _), new, logprobs in zip(ready, tokens, found, strict=True):
             request = chunk.request
             request.drafts, request.draft_probs = [], None
             taken = request.emit(new, logprobs)
@@ -102,6 +128,11 @@ class Runner:
             self.cache.truncate(chunk.entry, len(request.tokens) - 1)
             emitted.append((request, taken))
         return emitted
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.native is not None and len(hidden) <= MAX_TOKENS:
+            return self.native.logits(hidden)
+        return self.model.logits(self.model.head_input(hidden))
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -121,22 +152,3 @@ class Runner:
         flat = torch.cat(parts).tolist()
         ends = torch.tensor(lengths).cumsum(0).tolist()
         return [flat[end - length : end - 1] for end, length in zip(ends, lengths, strict=True)]
-
-
-def _logprobs(
-    raw_MV: Tensor, requests: Sequence[Request], drafts: Sequence[list[int]], tokens: Sequence[list[int]]
-) -> list[list[dict[int, Logprob]]]:
-    """For each request what `raw_logprobs` says of its new tokens; nothing where it did not ask."""
-    found: list[list[dict[int, Logprob]]] = [[] for _ in requests]
-    firsts = list(accumulate((len(d) + 1 for d in drafts), initial=0))
-    wanted: dict[int, list[int]] = {}
-    for i, request in enumerate(requests):
-        if request.params.logprobs is not None:
-            wanted.setdefault(request.params.logprobs, []).append(i)
-    for num_best, members in wanted.items():
-        rows = [firsts[i] + j for i in members for j in range(len(tokens[i]))]
-        picked_MV = raw_MV if len(rows) == len(raw_MV) else raw_MV[torch.tensor(rows, device=raw_MV.device)]
-        flat = iter(raw_logprobs(picked_MV, [token for i in members for token in tokens[i]], num_best))
-        for i in members:
-            found[i] = list(islice(flat, len(tokens[i])))
-    return found

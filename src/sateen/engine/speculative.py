@@ -1,4 +1,4 @@
-"""Speculative decoding with the model's own MTP heads: drafting, and verification that changes nothing.
+"""Drafting with the model's own MTP heads; `verify` sees to it that drafts change nothing.
 
 Let x_n be the newest token, sampled and not yet in the trunk, so the trunk's hidden states H_t are known for
 t < n. Head k at row t reads H_t (or head k-1's output, where heads are chained) and the embedding of
@@ -7,9 +7,8 @@ when all its tokens are: t + k + 1 <= n. Every round all K heads process the sam
 row that is true for all of them; the rows that leaned on drafts are forgotten afterwards and done again with
 the verified tokens.
 
-Source: MiMo-7B (arXiv 2505.07608 §2.2) and MiMo-V2-Flash (arXiv 2601.02780 §2.3.2) draft this way; accepting
-with min(1, p/q) and drawing the replacement from max(0, p - q) is Leviathan et al. 2023 (arXiv 2211.17192,
-algorithm 1 and appendix A.1). Shape letters: B requests, J drafts, M rows, V vocabulary, D hidden size.
+Source: MiMo-7B (arXiv 2505.07608 §2.2) and MiMo-V2-Flash (arXiv 2601.02780 §2.3.2) draft this way. Shape
+letters: B requests, T rows, S sampled requests, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -21,104 +20,13 @@ import torch
 from torch import Tensor
 
 from sateen.engine.cache import CacheEntry, KVCache
-from sateen.engine.sampler import choose, distribution, draw, mask_padding, uniforms
+from sateen.engine.forward_cache import ForwardCache
+from sateen.engine.native_step import MAX_TOKENS, NativeStep
+from sateen.engine.sampler import choose, mask_padding
+from sateen.engine.shaping import shape
 from sateen.engine.state import Request
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import Sequences
-
-
-def accept(
-    target_BJV: Tensor, draft_BJV: Tensor, drafts_BJ: Tensor, num_drafts_B: Tensor, uniforms_BJ: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Speculative sampling: the emitted tokens are distributed as the target's.
-
-    Args:
-        target_BJV: the target's probabilities [B, J + 1, V] at the newest token and at each draft.
-        draft_BJV: the probabilities [B, J, V] that the drafts were drawn from.
-        drafts_BJ: draft tokens; the ones from `num_drafts_B` on are padding.
-        uniforms_BJ: random numbers [B, J + 1] in [0, 1); the last one draws the final token.
-
-    Returns:
-        Accepted drafts [B] and the token [B] after them: the first rejected one's replacement, or the bonus.
-    """
-    B, J = drafts_BJ.shape
-    index = drafts_BJ.unsqueeze(-1)
-    p_BJ = target_BJV[:, :J].gather(-1, index).squeeze(-1)
-    q_BJ = draft_BJV.gather(-1, index).squeeze(-1)
-    is_kept = (uniforms_BJ[:, :J] * q_BJ < p_BJ) & (
-        torch.arange(J, device=p_BJ.device) < num_drafts_B[:, None]
-    )
-    accepted_B = is_kept.long().cumprod(1).sum(1)
-    row = torch.arange(B, device=p_BJ.device)
-    p_BV = target_BJV[row, accepted_B]
-    if J:
-        is_rejected = (accepted_B < num_drafts_B)[:, None]
-        q_BV = draft_BJV[row, accepted_B.clamp(max=J - 1)] * is_rejected
-        residual_BV = (p_BV - q_BV).clamp(min=0)
-        # Rounding may leave nothing where p and q agree; the target itself is then the residual's limit.
-        p_BV = torch.where(residual_BV.sum(-1, keepdim=True) > 0, residual_BV, p_BV)
-    return accepted_B, draw(p_BV, uniforms_BJ[:, J])
-
-
-def accept_greedy(logits_BJV: Tensor, drafts_BJ: Tensor, num_drafts_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Accepted drafts [B], as long as they are the target's largest logits, and the token [B] after them."""
-    best_BJ = logits_BJV.argmax(-1)
-    J = drafts_BJ.shape[1]
-    is_kept = (best_BJ[:, :J] == drafts_BJ) & (
-        torch.arange(J, device=drafts_BJ.device) < num_drafts_B[:, None]
-    )
-    accepted_B = is_kept.long().cumprod(1).sum(1)
-    return accepted_B, best_BJ.gather(1, accepted_B[:, None]).squeeze(1)
-
-
-def verify(logits_MV: Tensor, requests: Sequence[Request], drafts: Sequence[list[int]]) -> list[list[int]]:
-    """The tokens that each request emits, at least one.
-
-    Args:
-        logits_MV: the target's logits, for each request at its newest token and then at each of its drafts.
-        drafts: the drafts that this pass carried.
-    """
-    J = max(map(len, drafts))
-    if J == 0:
-        return [[token] for token in choose(logits_MV, requests)[0].tolist()]
-    device = logits_MV.device
-    counts = [len(d) for d in drafts]
-    first, rows = 0, []
-    for count in counts:
-        rows.append([first + min(j, count) for j in range(J + 1)])
-        first += count + 1
-    logits_BJV = logits_MV[torch.tensor(rows, device=device)]
-    drafts_BJ = torch.tensor([d + [0] * (J - len(d)) for d in drafts], device=device)
-    num_drafts_B = torch.tensor(counts, device=device)
-    accepted_B, final_B = accept_greedy(logits_BJV, drafts_BJ, num_drafts_B)
-    sampled = [i for i, request in enumerate(requests) if not request.params.is_greedy]
-    if sampled:
-        theirs = [requests[i] for i in sampled]
-        pick = torch.tensor(sampled, device=device)
-        params = [request.params for request in theirs for _ in range(J + 1)]
-        target = distribution(logits_BJV[pick].flatten(0, 1), params).view(len(theirs), J + 1, -1)
-        q = torch.zeros(len(theirs), J, logits_MV.shape[-1], device=device)
-        for i, request in enumerate(theirs):
-            if drafts[sampled[i]]:
-                assert request.draft_probs is not None
-                q[i, : len(drafts[sampled[i]])] = request.draft_probs[: len(drafts[sampled[i]])]
-        accepted_B[pick], final_B[pick] = accept(
-            target,
-            q,
-            drafts_BJ[pick],
-            num_drafts_B[pick],
-            _padded_uniforms(theirs, [counts[i] for i in sampled], device),
-        )
-    return [[*d[:a], t] for d, a, t in zip(drafts, accepted_B.tolist(), final_B.tolist(), strict=True)]
-
-
-def _padded_uniforms(requests: Sequence[Request], counts: list[int], device: torch.device) -> Tensor:
-    """Each request's own `count + 1` numbers, the last in the last column; neighbours change none."""
-    out = torch.zeros(len(requests), max(counts) + 1, dtype=torch.float64)
-    for i, (request, count) in enumerate(zip(requests, counts, strict=True)):
-        row = uniforms([request], count + 1, torch.device("cpu"))[0]
-        out[i, :count], out[i, -1] = row[:count], row[count]
-    return out.to(device)
 
 
 @dataclass
@@ -145,8 +53,8 @@ class DraftJob:
 class Drafter:
     """Runs the MTP heads of a model; keeps the newest 2K trunk states of each sequence, all they need."""
 
-    def __init__(self, model: Decoder, cache: KVCache, num_tokens: int):
-        self.model, self.cache, self.num_tokens = model, cache, num_tokens
+    def __init__(self, model: Decoder, cache: KVCache, num_tokens: int, native: NativeStep | None = None):
+        self.model, self.cache, self.num_tokens, self.native = model, cache, num_tokens, native
         self.num_heads = model.num_mtp_heads
         self.keep = 2 * self.num_heads
         size = cache.num_slots * self.keep, model.config.hidden_size
@@ -200,11 +108,16 @@ class Drafter:
         last_B = (ends[wanting] - 1).to(model.device)
         place_B = (ends[wanting] + K * torch.tensor(wanting, dtype=torch.int64)).to(model.device)
         requests = [jobs[i].request for i in wanting]
-        drafts, probs = [], []
+        is_shaped = any(request.shaper is not None for request in requests)
+        drafts: list[Tensor] = []
+        probs: list[Tensor | None] = []
         for k in range(K):
-            hidden, out = model.mtp(k, hidden, tokens[row_T + k], seq, view)
+            hidden, out = self._head(k, hidden, tokens[row_T + k], seq, view)
             if wanting:
-                logits = mask_padding(model.logits(out.index_select(0, last_B)), self.num_tokens)
+                logits = mask_padding(self._logits(out.index_select(0, last_B)), self.num_tokens)
+                if is_shaped:  # any distribution is right; this one is nearest to what will be asked of them
+                    ahead = torch.stack(drafts, 1).tolist() if drafts else [[] for _ in requests]
+                    logits = shape(logits, requests, ahead, only_last=True)
                 draft_B, probs_SV, sampled = choose(logits, requests)
                 tokens[place_B + k] = draft_B
                 drafts.append(draft_B)
@@ -217,6 +130,21 @@ class Drafter:
         for job in jobs:
             if job.wants_drafts:
                 job.entry.head_length = max(0, len(job.request.tokens) - K)
+
+    def _head(
+        self, k: int, hidden_TD: Tensor, ids_T: Tensor, seq: Sequences, view: ForwardCache
+    ) -> tuple[Tensor, Tensor]:
+        """As `Decoder.mtp`, natively where the rows are few."""
+        if self.native is None or len(ids_T) > MAX_TOKENS:
+            return self.model.mtp(k, hidden_TD, ids_T, seq, view)
+        assert self.model.config.mtp is not None
+        out = self.native.head(k, hidden_TD, ids_T, view)
+        return (out if self.model.config.mtp.is_chained else hidden_TD), out
+
+    def _logits(self, normed_MD: Tensor) -> Tensor:
+        if self.native is None or normed_MD.dtype != torch.float32 or len(normed_MD) > MAX_TOKENS:
+            return self.model.logits(normed_MD)
+        return self.native.logits(normed_MD, is_normed=True)
 
     def _remember(self, jobs: Sequence[DraftJob], hidden_TD: Tensor) -> None:
         """Keeps the newest states; rows of rejected drafts do no harm, the next pass overwrites them."""

@@ -1,6 +1,7 @@
 """A request inside the engine: what the scheduler and the runner move forward, and what leaves at the end.
 
-Shape letters: J draft tokens, V vocabulary.
+A prompt of which several completions are wanted is several requests that know each other. Shape letters:
+J draft tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from sateen.engine.cache import CacheEntry
 from sateen.engine.detokenizer import Detokenizer
-from sateen.engine.request import CompletionOutput, DraftStats, Logprob, RequestOutput, SamplingParams
+from sateen.engine.draft_stats import DraftStats
+from sateen.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from sateen.engine.shaping import Shaper
 
 
 @dataclass(eq=False)
@@ -27,14 +30,22 @@ class Request:
         stop_ids: tokens that end it.
         generator: its random numbers, on the CPU; None when greedy.
         detokenizer: its text; None without a tokenizer.
+        shaper: what changes its logits before the temperature; None when nothing does.
+        index: which of the prompt's completions it is.
+        siblings: the requests of all completions of the prompt in order, itself included.
         entry: its rows in the caches; None while waiting.
+        wants_drafts: the MTP heads follow it; once they have stopped they cannot catch up.
         drafts: tokens guessed to follow `tokens`.
         draft_probs: the distributions they were drawn from [J, V]; None when greedy.
         logprobs: as in `CompletionOutput`.
+        prompt_logprobs: as in `RequestOutput`, as far as they are known; only the first completion has some.
         weights_version: of its first token.
         routed_layers: layers whose routes are recorded; empty unless the engine records them.
         routes: expert ids [tokens, layers, A] of its tokens so far, in pieces.
         num_routed: tokens in `routes`.
+        page_keys: what the pages of its tokens are published under, as far as somebody asked.
+        num_cached_tokens: as in `RequestOutput`; None before it has started.
+        deadline: the clock's time at which it expires; None for never.
     """
 
     request_id: int
@@ -47,18 +58,29 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     generator: torch.Generator | None = None
     detokenizer: Detokenizer | None = None
+    shaper: Shaper | None = None
+    index: int = 0
+    siblings: list[Request] = field(default_factory=list, repr=False)
     entry: CacheEntry | None = None
+    wants_drafts: bool = True
     drafts: list[int] = field(default_factory=list)
     draft_probs: Tensor | None = None
     draft: DraftStats = field(default_factory=DraftStats)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: str | int | None = None
     routed_layers: tuple[int, ...] = ()
     routes: list[Tensor] = field(default_factory=list)
     num_routed: int = 0
+    page_keys: list[bytes] = field(default_factory=list, repr=False)
+    num_cached_tokens: int | None = None
+    deadline: float | None = None
     stream_tokens: int = 0
     stream_text: int = 0
+
+    def __post_init__(self) -> None:
+        self.siblings = self.siblings or [self]
 
     @property
     def num_generated(self) -> int:
@@ -68,6 +90,18 @@ class Request:
     def remaining(self) -> int:
         """Tokens it may still generate."""
         return self.max_new - self.num_generated
+
+    @property
+    def num_prompt_scored(self) -> int:
+        """Tokens of the prompt that need no logits any more: all of them where nobody asked."""
+        if self.params.prompt_logprobs is None or self.index > 0:
+            return self.num_prompt
+        return len(self.prompt_logprobs)
+
+    @property
+    def needs_prompt_rows(self) -> bool:
+        """Its prompt's rows must be computed even where a cache holds them: their logits are wanted."""
+        return self.num_prompt_scored < self.num_prompt
 
     def emit(self, new_tokens: list[int], logprobs: list[dict[int, Logprob]]) -> int:
         """Appends new tokens up to the first that ends the request; returns how many were taken."""
@@ -79,6 +113,10 @@ class Request:
             if token in self.stop_ids:  # a stop token, like a stop string, leaves no text
                 self.finish_reason = "stop"
                 self.stop_reason = token if token in self.params.stop_token_ids else None
+                if self.detokenizer and self.params.include_stop_str_in_output:
+                    self.detokenizer.push(token)
+                if self.shaper and self.shaper.failure:
+                    self.finish_reason, self.stop_reason = "abort", self.shaper.failure
             elif self.detokenizer and (ended := self.detokenizer.push(token)) is not None:
                 self.finish_reason, self.stop_reason = "stop", ended
             elif len(self.tokens) == full:
@@ -88,6 +126,12 @@ class Request:
                     self.detokenizer.finish()
                 return taken
         return len(new_tokens)
+
+    def abort(self, reason: str | None = None) -> None:
+        """Ends it as it stands; what it generated stays."""
+        self.finish_reason, self.stop_reason = "abort", reason
+        if self.detokenizer:
+            self.detokenizer.finish()
 
     def record_routes(self, routes_TLA: Tensor, start: int, end: int) -> None:
         """Keeps the routes of the tokens from `start` to `end`; the first ones of a token stand.
@@ -108,10 +152,10 @@ class Request:
         routes_TLA = torch.cat([known_TLA, known_TLA.new_full((missing, *known_TLA.shape[1:]), -1)])
         return {layer: routes_TLA[:, i].tolist() for i, layer in enumerate(self.routed_layers)}
 
-    def output(self) -> RequestOutput:
-        """What the user sees of it now."""
-        completion = CompletionOutput(
-            index=0,
+    def completion(self) -> CompletionOutput:
+        """What the user sees of this completion now."""
+        return CompletionOutput(
+            index=self.index,
             text=self.detokenizer.text if self.detokenizer else "",
             token_ids=self.tokens[self.num_prompt :],
             logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
@@ -119,7 +163,18 @@ class Request:
             stop_reason=self.stop_reason,
             draft=self.draft,
         )
+
+    def output(self) -> RequestOutput:
+        """What the user sees of it now, with all completions of the prompt."""
+        first = self.siblings[0]
         return RequestOutput(
-            self.request_id, self.prompt, self.tokens[: self.num_prompt], [completion],
-            self.finish_reason is not None, self.weights_version, self.router_ids(),
-        )  # fmt: skip
+            first.request_id,
+            first.prompt,
+            first.tokens[: first.num_prompt],
+            [sibling.completion() for sibling in self.siblings],
+            all(sibling.finish_reason is not None for sibling in self.siblings),
+            min(sibling.weights_version for sibling in self.siblings),
+            first.router_ids(),
+            list(first.prompt_logprobs) if self.params.prompt_logprobs is not None else None,
+            first.num_cached_tokens or 0,
+        )

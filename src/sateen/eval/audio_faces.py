@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sateen.checkpoint import hf
 from sateen.checkpoint.audio import load_audio_tokenizer
+from sateen.checkpoint.shards import read_config, resolve
 from sateen.data.audio import WaveFile
 from sateen.errors import ConfigError
 from sateen.eval import audio, code_prediction
@@ -47,8 +48,8 @@ def main(run: str, *, json: bool = False) -> int:
     waves = {name: WaveFile(folder / "data" / f"{name}{HELDOUT}") for name in sources}
     train = [WaveFile(folder / "data" / f"{name}-waves") for name in sources]
     quality = {AUDIO: measure(tokenizer, train, list(waves.values()))}
-    target = hf.resolve(folder)
-    if hf.read_config(target).get("audio_channels"):
+    target = resolve(folder)
+    if read_config(target).get("audio_channels"):
         model = hf.load_model(target)
         assert isinstance(model, AudioLM)
         quality[AUDIO]["code_prediction"] = _prediction(folder, sources, waves, tokenizer, model)

@@ -27,6 +27,10 @@ def main(
     text: str | None = None,
     num_examples: int = 200,
     seed: int = 0,
+    lm_eval: Sequence[str] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | None = None,
     json: bool = False,
 ) -> int:
     """Prints what was measured and returns the exit code.
@@ -38,11 +42,18 @@ def main(
             out when None.
         num_examples: questions per task.
         seed: of the questions.
-        json: print JSON with the keys of a receipt's `quality`.
+        lm_eval: tasks of lm-evaluation-harness, instead of ours.
+        limit, num_fewshot, include_path: see `sateen.eval.lm_eval.evaluate`.
+        json: print JSON with the keys of a receipt's `quality`, or the harness's results.
 
     Raises:
-        ConfigError: a task is unknown, there is no text to read, or the model has no tokenizer.
+        ConfigError: a task is unknown, there is no text to read, the model has no tokenizer, or the harness
+            is not installed.
     """
+    if lm_eval:
+        return _harness(model, lm_eval, limit, num_fewshot, include_path, json)
+    if (limit, num_fewshot, include_path) != (None, None, None):
+        raise ConfigError("--limit, --num-fewshot and --include-path go with --lm-eval")
     if audio_faces.AUDIO in tasks:
         if len(tasks) > 1:
             raise ConfigError("--tasks audio stands alone: it measures speech, the others text")
@@ -68,6 +79,23 @@ def main(
         quality.setdefault("tasks", {})[name] = result.as_receipt()
     print(codec.dumps(quality, indent=2) if json else "\n".join(lines(quality)))
     return 0
+
+
+def _harness(
+    model: str,
+    tasks: Sequence[str],
+    limit: int | None,
+    num_fewshot: int | None,
+    include_path: str | None,
+    json: bool,
+) -> int:
+    try:
+        from sateen.eval import lm_eval
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--lm-eval needs the harness ({error}); pip install 'sateen[lm-eval]'") from None
+    return lm_eval.main(
+        model, tasks, limit=limit, num_fewshot=num_fewshot, include_path=include_path, json=json
+    )
 
 
 def make_task(cls: type[Task], tokenizer: Tokenizer, distance: int) -> Task:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sateen.errors import ShapeError
 from sateen.models.base import ModelConfig, family
@@ -29,6 +30,16 @@ class Cache(Protocol):
     """The engine's cache for one forward: a view per layer, MTP heads counted after the trunk."""
 
     def layer(self, index: int) -> LayerCache: ...
+
+
+class NoInit(TorchFunctionMode):
+    """Leaves out torch's initialisers, which on the meta device do nothing but import a compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 @dataclass
@@ -103,6 +114,12 @@ class Decoder(nn.Module):
         """The model of a config: a `Decoder`, or what its family builds around one."""
         make = family({"model_type": config.model_type}, "config.json").build or Decoder
         return make(config)
+
+    @staticmethod
+    def build_empty(config: ModelConfig) -> Decoder:
+        """`build` on the meta device, for weights that come from elsewhere."""
+        with torch.device("meta"), NoInit():
+            return Decoder.build(config)
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from sateen.errors import ConfigError, unknown_name
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder, count_parameters
+from sateen.models.traps import traps
 from sateen.nn.attention import Attention
 from sateen.nn.spec import KVLayout, LayerSpec
 
@@ -42,6 +44,7 @@ def describe(model: Decoder, *, contexts: Sequence[int] = (), kv_dtype: str = "a
     if kv_dtype not in KV_BYTES:
         raise ConfigError(unknown_name("kv dtype", kv_dtype, ["auto", *KV_BYTES]))
     return {
+        "in_words": in_words(config),
         "model_type": config.model_type,
         "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -55,6 +58,40 @@ def describe(model: Decoder, *, contexts: Sequence[int] = (), kv_dtype: str = "a
         "kv": [kv_bytes(config, context, kv_dtype) for context in sizes],
         "traps": traps(config, sizes[-1]),
     }
+
+
+# What a query of each kind of layer sees, beside its window; kinds that a word does not tell are named.
+SEES = {
+    "full_attention": "all earlier tokens",
+    "complex_attention": "all earlier tokens",
+    "oracle_attention": "all earlier tokens, choosing blocks for others",
+    "sparse_attention": "the blocks that another layer chose",
+    "sliding_attention": "",
+}
+
+
+def in_words(config: ModelConfig) -> str:
+    """The config as one plain sentence: who sees what, experts, heads, the output matrix."""
+
+    def sight(spec: LayerSpec) -> str:
+        seen = SEES.get(spec.attention, f"what {spec.attention} selects")
+        near = "" if spec.window is None else f"the last {spec.window} tokens"
+        return " and ".join(part for part in (seen, near) if part)
+
+    kinds = Counter(sight(spec) for spec in config.specs)
+    parts = [
+        f"{config.num_hidden_layers} layers: " + ", ".join(f"{n} see {what}" for what, n in kinds.items())
+    ]
+    experts = Counter((spec.moe.num_experts, spec.moe.experts_per_token) for spec in config.specs if spec.moe)
+    parts += [f"{n} have {total} experts and use {used} for a token" for (total, used), n in experts.items()]
+    if config.mtp is not None:
+        heads = config.mtp.num_heads
+        parts.append(f"{heads} MTP head{'s guess' if heads > 1 else ' guesses'} further tokens")
+    is_tied = config.tie_word_embeddings
+    parts.append(
+        "the embedding is the output matrix" if is_tied else "the output matrix is not the embedding"
+    )
+    return "; ".join(parts)
 
 
 def layer_groups(specs: Iterable[LayerSpec]) -> list[dict[str, Any]]:
@@ -132,29 +169,3 @@ def kv_bytes(config: ModelConfig, context: int, kv_dtype: str) -> dict[str, Any]
         "all_full_bytes": all_full,
         "ratio": all_full / in_trunk if all_full else None,
     }
-
-
-def traps(config: ModelConfig, context: int) -> list[str]:
-    """What other programs are known to get wrong about a model like this, and what a user may trip over."""
-    specs, found = config.layers(), []
-    windows = {spec.window for spec in specs if spec.window is not None}
-    if "hybrid_layer_pattern" in config.raw and windows:
-        stored = config.raw.get("sliding_window_size", config.raw.get("sliding_window"))
-        seen = f"a query sees {max(windows)} with its own"
-        found.append(f"the config's window {stored} counts earlier keys only; {seen}")
-    if scales := {spec.value_scale for spec in specs} - {1.0}:
-        scale = max(scales)
-        found.append(
-            f"values are multiplied by {scale} before they are cached; old code elsewhere skips this"
-        )
-    if any(spec.head_dim != spec.v_head_dim for spec in specs):
-        found.append("key and value heads differ in size, which many attention kernels refuse")
-    if config.norm == "complex_rms":
-        entries = f"{config.hidden_size // 2} and {specs[0].head_dim // 2} complex entries"
-        found.append(f"hidden and head sizes count real numbers, re and im of {entries}")
-    if config.mtp is not None:
-        first = config.mtp.order
-        found.append(f"MTP heads join their inputs {first} first; the other order loads and drafts noise")
-    if context > config.max_position_embeddings:
-        found.append(f"context {context} is beyond max_position_embeddings {config.max_position_embeddings}")
-    return found

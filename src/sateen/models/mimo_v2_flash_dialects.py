@@ -6,10 +6,12 @@ between sliding and full layers; transformers counts the query's own key too and
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from sateen.errors import ConfigError, unknown_name
 from sateen.models.base import ModelConfig
+from sateen.models.mimo_v2_flash import parse
 from sateen.nn.spec import LayerSpec
 
 DIALECTS = ("hub", "transformers")
@@ -52,6 +54,28 @@ def in_dialect(config: ModelConfig, dialect: str) -> ModelConfig:
         first = next((new.index for new, old in theirs if new != old), len(config.specs))
         raise ConfigError(f"layer {first} of this model cannot be written in {dialect} words")
     return written
+
+
+def misread_by_transformers(config: ModelConfig) -> list[str]:
+    """What transformers 5.23 would read differently from this config, as our words for it; empty for most.
+
+    Of the hub's own words it reads the window alone and takes the release's values for the others. It stops
+    at the key `rope_scaling`, whatever its value.
+    """
+    if "hybrid_layer_pattern" not in config.raw:
+        return []
+    unread = HUB_ONLY - {"sliding_window", "sliding_window_size"}
+    kept = {key: value for key, value in config.raw.items() if key not in unread}
+    try:
+        seen = parse({"num_key_value_heads": 4} | kept)
+    except ConfigError:  # both spellings in one file, and they contradict
+        return ["layer_types"]
+    pairs = list(zip(seen.specs, config.specs, strict=True))
+    names = [field.name for field in fields(LayerSpec)]
+    found = {name for new, old in pairs for name in names if getattr(new, name) != getattr(old, name)}
+    if seen.rms_norm_eps != config.rms_norm_eps:
+        found.add("rms_norm_eps")
+    return sorted(found | ({"rope_scaling"} & config.raw.keys()))
 
 
 def _heads(prefix: str, spec: LayerSpec) -> dict[str, int]:

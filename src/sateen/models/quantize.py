@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from sateen.errors import ConfigError
@@ -138,8 +137,7 @@ def _tensors(model: Decoder) -> dict[str, Tensor]:
 
 
 def _with_tensors(config: ModelConfig, tensors: dict[str, Tensor], like: Decoder) -> Decoder:
-    with torch.device("meta"):
-        model = Decoder.build(config)
+    model = Decoder.build_empty(config)
     if config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     model.load_state_dict(tensors, assign=True, strict=not config.tie_word_embeddings)

@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 
+def rotary_frequencies(theta: float, dim: int, device: torch.device) -> Tensor:
+    """What a position is multiplied by, float32 [dim / 2]."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
 def rotary_tables(position_ids_T: Tensor, theta: float, dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, dim] in float32, each angle repeated in both halves.
 
     Source: Su et al. 2021, "RoFormer"; angle j of dim/2 is position * theta^(-2j/dim).
     """
-    frequencies = 1.0 / theta ** (
-        torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids_T.device) / dim
-    )
+    frequencies = rotary_frequencies(theta, dim, position_ids_T.device)
     angles = position_ids_T.to(torch.float32)[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()

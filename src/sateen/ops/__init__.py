@@ -12,9 +12,19 @@ from sateen.ops.complex_matmul import (
 )
 from sateen.ops.grouped_matmul import grouped_matmul
 from sateen.ops.int8_attention import Int8Rows, int8_attention, int8_rows_attention, int8_sdpa, quantize_int8
+from sateen.ops.lowbit_matmul import (
+    PackedInt4,
+    PackedInt8,
+    lowbit_matmul,
+    pack_int4,
+    pack_int8,
+    unpack_lowbit,
+)
 
 __all__ = [
     "Int8Rows",
+    "PackedInt4",
+    "PackedInt8",
     "PackedPhase",
     "PhaseWeight",
     "attention",
@@ -24,9 +34,13 @@ __all__ = [
     "int8_attention",
     "int8_rows_attention",
     "int8_sdpa",
+    "lowbit_matmul",
+    "pack_int4",
+    "pack_int8",
     "pack_phase",
     "phase_quantize",
     "quantize_int8",
     "select_blocks",
+    "unpack_lowbit",
     "unpack_phase",
 ]

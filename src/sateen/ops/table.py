@@ -12,6 +12,7 @@ import torch
 
 import sateen.ops
 from sateen.ops.complex_matmul import PhaseWeight
+from sateen.ops.lowbit_matmul import pack_int8
 from sateen.ops.op import Op
 
 
@@ -45,6 +46,10 @@ def _complex_matmul(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, x, (weight,)), {"conjugate": True, "act": "int8"}
 
 
+def _lowbit_matmul(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.zeros(3, 4, device=device), pack_int8(torch.ones(2, 4, device=device))), {}
+
+
 # A small ordinary call of each operator: what its backends are asked whether they can run.
 CALLS: dict[str, Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "attention": _attention,
@@ -52,6 +57,7 @@ CALLS: dict[str, Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "complex_matmul": _complex_matmul,
     "grouped_matmul": _grouped_matmul,
     "int8_attention": _int8_attention,
+    "lowbit_matmul": _lowbit_matmul,
 }
 
 

@@ -15,6 +15,7 @@ import torch
 
 from sateen.checkpoint import hf
 from sateen.checkpoint.audio import SUBFOLDER, load_audio_tokenizer, resolve_audio_tokenizer, write_files
+from sateen.checkpoint.load import load
 from sateen.config import AudioLMStageConfig, StageContext
 from sateen.data.tokenizer import check_vocab
 from sateen.errors import ConfigError
@@ -72,7 +73,7 @@ class AudioLMSubject:
         self.codec = load_audio_tokenizer(folder, device=self.context.config.device)
 
     def _load(self, folder: Path) -> AudioLM:
-        model = hf.load(folder, dtype=torch.float32, device=self.context.config.device)
+        model = load(folder, dtype=torch.float32, device=self.context.config.device)
         if not isinstance(model, AudioLM):
             raise ConfigError(f"{folder} is no audio language model; the audio_lm stage trains nothing else")
         return model

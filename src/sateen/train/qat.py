@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from sateen.checkpoint import hf
+from sateen.checkpoint.load import load
+from sateen.checkpoint.shards import resolve
 from sateen.config import QATConfig, StageContext
 from sateen.data.tokenizer import Tokenizer
 from sateen.errors import ConfigError
@@ -39,8 +40,8 @@ def qat(context: StageContext) -> None:
 
     def adapt(model: Decoder) -> Decoder:
         if stage.model is not None:
-            source = hf.resolve(stage.model)
-            given = hf.load(source, dtype=torch.float32, device=context.config.device)
+            source = resolve(stage.model)
+            given = load(source, dtype=torch.float32, device=context.config.device)
             _refuse_other_shape(model, given, source)
             _refuse_other_tokenizer(context.folder / "tokenizer", source)
             model = given

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sateen.checkpoint import hf
+from sateen.checkpoint.load import load
 from sateen.config import StageContext
 from sateen.data.loader import Loader
 from sateen.data.packing import IGNORE, PackedBatch
@@ -77,7 +78,7 @@ class TextSubject:
         return self._ready(self._load(folder))
 
     def _load(self, folder: Path) -> Decoder:
-        return hf.load(folder, dtype=torch.float32, device=self.context.config.device)
+        return load(folder, dtype=torch.float32, device=self.context.config.device)
 
     def _ready(self, model: Decoder) -> Decoder:
         if self.freeze is not None:

@@ -1,0 +1,154 @@
+// Attention of a decode step: queries against the rows of their sequence in a layer's cache, read where they lie, and
+// against the step's own rows, which are written to the cache afterwards. That order serves rings too, where a new row
+// may take the place of one that an earlier query of the step still sees.
+#pragma once
+
+#include <math.h>
+
+#include "attention_decode.h"
+#include "decode.h"
+#include "numbers.h"
+
+namespace sateen::SATEEN_ISA {
+namespace {
+
+constexpr long kPad = 16;
+constexpr long kBlock = 16;  // keys whose rows are looked at together, so few that the floats stay in the first cache
+
+inline long padded(long channels) { return round_up(channels, kPad); }
+
+// What the online softmax of one task and key/value head carries.
+struct SpanState {
+    float *top, *sum, *out;  // [rows], [rows], [rows, padded V]
+
+    SpanState(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task, long head) {
+        const Span& span = p.spans[l.span];
+        top = p.states + (head * span.state_rows + task.state) * (padded(l.V) + 2);
+        sum = top + task.rows;
+        out = sum + task.rows;
+    }
+};
+
+long cache_row(const DecodeStep& p, const DecodeLayer& l, long b, long position) {
+    const long ring = l.cache.ring_rows;
+    if (ring) return p.slot[b] * ring + position % ring;
+    return p.page_rows[p.first_page[b] + position / p.page] + position % p.page;
+}
+
+// Keys [begin, end) of one sequence whose rows lie one after another: in the cache, or new and padded.
+struct Run {
+    long end;
+    bool is_new;
+    const void *k, *v;
+
+    Run(const DecodeStep& p, const DecodeLayer& l, long b, long begin, long to) {
+        const long start = p.start[b], size = l.cache.ring_rows ? l.cache.ring_rows : p.page;
+        is_new = begin >= start;
+        const long border = begin / size * size + size, limit = is_new ? to : to < start ? to : start;
+        end = !is_new && border < limit ? border : limit;
+        if (end > begin + kBlock) end = begin + kBlock;
+        if (is_new) {
+            const long t = p.first_token[b] + begin - start;
+            k = p.kr + t * l.K * padded(l.H), v = p.vr + t * l.K * padded(l.V);
+        } else {
+            const long row = cache_row(p, l, b, begin) * l.K;
+            k = offset(l.cache.k, l.cache.format, row * l.H), v = offset(l.cache.v, l.cache.format, row * l.V);
+        }
+    }
+
+    // The rows as floats of whole vectors, [count, K, padded channels]: where they lie, or a copy in `scratch`.
+    const float* floats(const void* rows, const DecodeLayer& l, long channels, long count, float* scratch) const {
+        const long width = padded(channels);
+        if (is_new || (l.cache.format == Format::f32 && width == channels)) return static_cast<const float*>(rows);
+        widen_rows(l.cache.format, rows, channels, count * l.K, channels, scratch, width);
+        return scratch;
+    }
+};
+
+// Asks for part `part` of `parts` of `bytes` that will be read next: the hardware does not foresee where.
+inline void prefetch(const void* from, long bytes, long part, long parts) {
+    for (long i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64)
+        __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
+thread_local Scratch attention_scratch;
+
+void attend_span(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
+    const Span& span = p.spans[l.span];
+    const long H = padded(l.H), V = padded(l.V), b = task.sequence, q0 = p.first_token[b], group = span.group;
+    float* const keys = attention_scratch.take(kBlock * l.K * (H + V) + kSpanRows * kFewRowsKeys);
+    float *const values = keys + kBlock * l.K * H, *const scores = values + kBlock * l.K * V;
+    Tile tile;
+    tile.first = 0, tile.last = task.rows;
+    for (long i = 0; i < task.rows; ++i) {
+        const long position = p.start[b] + (task.first + i) / group;
+        tile.newest[i] = int(position);
+        tile.oldest[i] = span.window && position >= span.window ? int(position - span.window + 1) : 0;
+    }
+    for (long head = 0; head < l.K; ++head) {
+        const SpanState state(p, l, task, head);
+        for (long i = 0; i < task.rows; ++i) state.top[i] = -kInf, state.sum[i] = 0.0f;
+        for (long i = 0; i < task.rows * V; ++i) state.out[i] = 0.0f;
+    }
+    AttentionShape shape{};
+    shape.H = H, shape.V = V;
+    Run run(p, l, b, task.from, task.to);
+    for (long begin = task.from; begin < task.to;) {
+        const long count = run.end - begin;
+        const Run next(p, l, b, run.end, task.to);
+        const long rows = next.is_new ? 0 : next.end - run.end, bytes = rows * l.K * number_bytes(l.cache.format);
+        const float *const k = run.floats(run.k, l, l.H, count, keys), *const v = run.floats(run.v, l, l.V, count, values);
+        for (long head = 0; head < l.K; ++head) {
+            prefetch(next.k, bytes * l.H, head, l.K);
+            prefetch(next.v, bytes * l.V, head, l.K);
+            shape.k = {k + head * H, l.K * H, 0}, shape.v = {v + head * V, l.K * V, 0};
+            const auto query = [&](long i) {
+                const long row = task.first + i;
+                return p.qr + ((q0 + row / group) * l.N + head * group + row % group) * H;
+            };
+            const SpanState state(p, l, task, head);
+            fold_few_rows(shape, tile, query, -begin, 0, begin, run.end, scores, state.top, state.sum, state.out);
+        }
+        begin = run.end;
+        run = next;
+    }
+}
+
+// Joins the parts of token t's rows, with the sinks, and writes its outputs [N, V].
+void finish_attention(const DecodeStep& p, const DecodeLayer& l, long t) {
+    const Span& span = p.spans[l.span];
+    const long b = p.sequence[t], V = padded(l.V), q0 = p.first_token[b];
+    for (long n = 0; n < l.N; ++n) {
+        const long row = (t - q0) * span.group + n % span.group, i = row % kSpanRows;
+        const SpanTile& tile = span.tiles[span.first_tile[b] + row / kSpanRows];
+        float top = l.sink ? l.sink[n] * kLog2e : -kInf;
+        for (long part = 0; part < tile.num_tasks; ++part) {
+            const SpanState state(p, l, span.tasks[tile.first_task + part], n / span.group);
+            top = state.top[i] > top ? state.top[i] : top;
+        }
+        float sum = l.sink ? exp2f(l.sink[n] * kLog2e - top) : 0.0f;
+        float* const out = p.attended + t * l.N * l.V + n * l.V;
+        for (long part = 0; part < tile.num_tasks; ++part) {
+            const SpanState state(p, l, span.tasks[tile.first_task + part], n / span.group);
+            const float share = exp2f(state.top[i] - top);
+            sum += share * state.sum[i];
+            for (long c = 0; c < l.V; ++c) out[c] = (part ? out[c] : 0.0f) + share * state.out[i * V + c];
+        }
+        for (long c = 0; c < l.V; ++c) out[c] /= sum;
+    }
+}
+
+// Writes token t's row to the cache, unless a later token of the step takes its place in the ring.
+void keep_row(const DecodeStep& p, const DecodeLayer& l, long t) {
+    const long b = p.sequence[t], ring = l.cache.ring_rows;
+    if (ring && t + ring < p.first_token[b + 1]) return;
+    const long row = cache_row(p, l, b, p.start[b] + t - p.first_token[b]);
+    for (long head = 0; head < l.K; ++head) {
+        const long at = row * l.K + head, from = t * l.K + head;
+        narrow(l.cache.format, p.kr + from * padded(l.H), l.H, offset(l.cache.k, l.cache.format, at * l.H));
+        narrow(l.cache.format, p.vr + from * padded(l.V), l.V, offset(l.cache.v, l.cache.format, at * l.V));
+    }
+}
+
+}  // namespace
+}  // namespace sateen::SATEEN_ISA

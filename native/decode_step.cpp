@@ -1,0 +1,201 @@
+// A decode step as a team of threads takes it: phases over tokens (norms, rotation, joins) and over rows of weights, one
+// after another in every layer, and the products between them by linear.h. Float32 between the products.
+
+#include "decode_attention.h"
+#include "decode_linear.h"
+#include "decode_moe.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace sateen::SATEEN_ISA {
+namespace {
+
+void normalise(const float* x, const float* weight, long count, float eps, float* y) {
+    vfloat sum{};
+    long i = 0;
+    for (; i + W <= count; i += W) sum += load(x + i) * load(x + i);
+    float squares = sum_lanes(sum);
+    for (; i < count; ++i) squares += x[i] * x[i];
+    const float factor = 1.0f / sqrtf(squares / float(count) + eps);
+    for (i = 0; i < count; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+// One head's norm, if any, and rotation; channels behind the rotated ones pass through.
+void rotate(const float* x, const float* norm, float eps, long channels, const Angles& angles, long t, float* y) {
+    if (norm) normalise(x, norm, channels, eps, y);
+    else __builtin_memcpy(y, x, channels * sizeof(float));
+    const float *const cos = angles.cos + t * angles.half, *const sin = angles.sin + t * angles.half;
+    for (long i = 0; i < angles.half; ++i) {
+        const float a = y[i], b = y[i + angles.half];
+        y[i] = a * cos[i] - b * sin[i];
+        y[i + angles.half] = b * cos[i] + a * sin[i];
+    }
+}
+
+// From the projections of token t to rotated queries, times scale * log2(e), and to what the cache keeps of its row.
+void place_heads(const DecodeStep& p, const DecodeLayer& l, long t) {
+    const long H = padded(l.H), V = padded(l.V);
+    const Angles& angles = p.angles[l.angles];
+    const float scale = kLog2e / sqrtf(float(l.H));
+    for (long n = 0; n < l.N; ++n) {
+        float* const q = p.qr + (t * l.N + n) * H;
+        rotate(p.q + (t * l.N + n) * l.H, l.q_norm, p.eps, l.H, angles, t, q);
+        for (long h = 0; h < l.H; ++h) q[h] *= scale;
+        for (long h = l.H; h < H; ++h) q[h] = 0.0f;
+    }
+    for (long head = 0; head < l.K; ++head) {
+        float *const k = p.kr + (t * l.K + head) * H, *const v = p.vr + (t * l.K + head) * V;
+        rotate(p.k + (t * l.K + head) * l.H, l.k_norm, p.eps, l.H, angles, t, k);
+        round_as(l.cache.format, k, l.H);
+        for (long h = l.H; h < H; ++h) k[h] = 0.0f;
+        const float* const from = p.v + (t * l.K + head) * l.V;
+        for (long c = 0; c < V; ++c) v[c] = c < l.V ? from[c] * l.value_scale : 0.0f;
+        round_as(l.cache.format, v, l.V);
+    }
+}
+
+void attention(const DecodeStep& p, const DecodeLayer& l, Team& team) {
+    multiply_all<3>(team, p.prepared, p.T, {{&l.q, p.q}, {&l.k, p.k}, {&l.v, p.v}});
+    team.share(p.T, [&](long t) { place_heads(p, l, t); });
+    const Span& span = p.spans[l.span];
+    team.share(span.num_tasks, [&](long i) { attend_span(p, l, span.tasks[i]); });
+    team.share(p.T, [&](long t) {
+        finish_attention(p, l, t);
+        keep_row(p, l, t);
+        prepare(l.o, p.attended, t, p.prepared);
+    });
+    multiply_all<1>(team, p.prepared, p.T, {{&l.o, p.y}});
+}
+
+void feed_forward(const DecodeStep& p, const DecodeLayer& l, Team& team) {
+    const long rows = unit_rows(l.gate);
+    team.share(divide_up(l.F, rows), [&](long unit) {
+        const long first = unit * rows, last = first + rows < l.F ? first + rows : l.F;
+        linear_multiply(l.gate, p.prepared, p.T, first, last, p.gate, l.F);
+        linear_multiply(l.up, p.prepared, p.T, first, last, p.up, l.F);
+        for (long t = 0; t < p.T; ++t) swiglu(p.gate + t * l.F + first, p.up + t * l.F + first, last - first);
+    });
+    team.share(p.T, [&](long t) { prepare(l.down, p.gate, t, p.prepared); });
+    multiply_all<1>(team, p.prepared, p.T, {{&l.down, p.y}});
+}
+
+void embed(const DecodeStep& p, long t, float* to) {
+    const Format format = p.embedding.format;
+    widen(format, offset(p.embedding.weight, format, p.ids[t] * p.D), p.D, to);
+}
+
+void fill_angles(const DecodeStep& p, long t) {
+    const long b = p.sequence[t];
+    const float position = float(p.start[b] + t - p.first_token[b]);
+    for (long i = 0; i < p.num_angles; ++i) {
+        const Angles& angles = p.angles[i];
+        for (long j = 0; j < angles.half; ++j) {
+            angles.cos[t * angles.half + j] = cosf(position * angles.frequencies[j]);
+            angles.sin[t * angles.half + j] = sinf(position * angles.frequencies[j]);
+        }
+    }
+}
+
+// An MTP head's input: hidden state and embedding, each normed, through the joining matrix.
+void join(const DecodeStep& p, Team& team) {
+    const DecodeHead& head = *p.head;
+    team.share(p.T, [&](long t) {
+        float *const both = p.joined + t * 2 * p.D, *const embedding = p.normed + t * p.D;
+        embed(p, t, embedding);
+        normalise(p.hidden + t * p.D, head.hidden_norm, p.D, p.eps, both + (head.hidden_first ? 0 : p.D));
+        normalise(embedding, head.embedding_norm, p.D, p.eps, both + (head.hidden_first ? p.D : 0));
+        prepare(head.join, p.joined, t, p.prepared);
+    });
+    multiply_all<1>(team, p.prepared, p.T, {{&head.join, p.x}});
+}
+
+void add(float* x, const float* y, long count) {
+    for (long i = 0; i < count; ++i) x[i] += y[i];
+}
+
+void run(const DecodeStep& p, Team& team) {
+    if (p.head) join(p, team);
+    for (long i = 0; i < p.num_layers; ++i) {
+        const DecodeLayer& l = p.layers[i];
+        team.share(p.T, [&](long t) {
+            float *const x = p.x + t * p.D, *const normed = p.normed + t * p.D;
+            if (i) {
+                add(x, p.y + t * p.D, p.D);
+            } else {
+                fill_angles(p, t);
+                if (!p.head) embed(p, t, x);
+            }
+            normalise(x, l.input_norm, p.D, p.eps, normed);
+            prepare(l.q, p.normed, t, p.prepared);
+        });
+        attention(p, l, team);
+        team.share(p.T, [&](long t) {
+            float *const x = p.x + t * p.D, *const normed = p.normed + t * p.D;
+            add(x, p.y + t * p.D, p.D);
+            normalise(x, l.mlp_norm, p.D, p.eps, normed);
+            prepare(l.experts.E ? l.experts.router : l.gate, p.normed, t, p.prepared);
+        });
+        if (l.experts.E) mixture(p, l, team);
+        else feed_forward(p, l, team);
+    }
+    team.share(p.T, [&](long t) {
+        float* const x = p.x + t * p.D;
+        add(x, p.y + t * p.D, p.D);
+        if (p.head) normalise(x, p.head->final_norm, p.D, p.eps, x);
+    });
+}
+
+template <typename Work>
+void with_team(const DecodeScratch& scratch, int num_threads, Work work) {
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+#ifdef _OPENMP
+        Team team{scratch.meeting, scratch.counters, omp_get_num_threads()};
+#else
+        Team team{scratch.meeting, scratch.counters, 1};
+#endif
+        work(team);
+    }
+}
+
+thread_local Scratch prepared_scratch;
+
+void* take_prepared(long bytes) { return prepared_scratch.take(divide_up(bytes, sizeof(float))); }
+
+long prepared_bytes(const DecodeStep& p) {
+    long most = p.head ? linear_scratch_bytes(p.head->join.format, 2 * p.D, p.T) : 0;
+    const auto count = [&](const Linear& linear, long M) {
+        const long bytes = linear_scratch_bytes(linear.format, linear.columns, M);
+        most = bytes > most ? bytes : most;
+    };
+    for (long i = 0; i < p.num_layers; ++i) {
+        const DecodeLayer& l = p.layers[i];
+        const long slots = l.experts.E ? p.T * l.experts.A : p.T;
+        count(l.q, p.T), count(l.o, p.T), count(l.gate, slots), count(l.down, slots);
+        if (l.experts.E) count(l.experts.router, p.T);
+    }
+    return most;
+}
+
+}  // namespace
+
+void decode_step(const DecodeStep& given) {
+    DecodeStep p = given;
+    p.prepared = take_prepared(prepared_bytes(p));
+    with_team(p, p.num_threads, [&](Team& team) { run(p, team); });
+}
+
+void decode_logits(const DecodeLogits& p) {
+    void* const prepared = take_prepared(linear_scratch_bytes(p.head.format, p.D, p.M));
+    with_team(p, p.num_threads, [&](Team& team) {
+        team.share(p.M, [&](long m) {
+            if (p.norm) normalise(p.x + m * p.D, p.norm, p.D, p.eps, p.normed + m * p.D);
+            prepare(p.head, p.norm ? p.normed : p.x, m, prepared);
+        });
+        multiply_all<1>(team, prepared, p.M, {{&p.head, p.logits}});
+    });
+}
+
+}  // namespace sateen::SATEEN_ISA

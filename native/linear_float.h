@@ -1,0 +1,176 @@
+// Rows of f32, bf16 or f16 weights times a few tokens. A tile has one vector of partial sums per output, W outputs in
+// all, and adds the lanes of every vector at the end; columns run along the lanes, as the weights lie in memory.
+#pragma once
+
+#include "linear.h"
+#include "simd.h"
+
+#if defined(__AVX512BF16__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace sateen::SATEEN_ISA {
+namespace {
+
+typedef unsigned short vhalf __attribute__((vector_size(W * 2)));
+typedef unsigned short bits16;
+
+SATEEN_INLINE vfloat widen_bf16(vhalf x) { return from_bits(__builtin_convertvector(x, vint) << 16); }
+
+SATEEN_INLINE vfloat widen_f16(vhalf x) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
+#elif defined(__F16C__)
+    return (vfloat)_mm256_cvtph_ps((__m128i)x);
+#else
+    // Exponent and fraction move into place and the exponent's bias is put right by a product, which is exact for
+    // subnormals too; infinities and NaN had the largest exponent and get the largest one again.
+    const vint wide = __builtin_convertvector(x, vint), magnitude = (wide & 0x7fff) << 13;
+    const vint scaled = bits(from_bits(magnitude) * splat(0x1p112f));
+    return from_bits((magnitude >= splat_int(0x7c00 << 13) ? scaled | 0x7f800000 : scaled) | ((wide & 0x8000) << 16));
+#endif
+}
+
+SATEEN_INLINE float bf16_float(bits16 x) {
+    const unsigned wide = unsigned(x) << 16;
+    float y;
+    __builtin_memcpy(&y, &wide, sizeof y);
+    return y;
+}
+
+// The nearest bfloat16, halves to even; NaN stays NaN.
+SATEEN_INLINE bits16 to_bf16(float x) {
+    unsigned wide;
+    __builtin_memcpy(&wide, &x, sizeof wide);
+    if (x != x) return bits16((wide >> 16) | 0x40);
+    return bits16((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+// How one format reads weights and activations: STEP columns at a time, `add` puts their products into partial sums.
+struct F32 {
+    typedef float Weight;
+    typedef float Activation;
+    typedef vfloat Weights;
+    typedef vfloat Activations;
+    static constexpr long STEP = W;
+    static SATEEN_INLINE vfloat weights(vfloat x) { return x; }
+    static SATEEN_INLINE vfloat add(vfloat sum, vfloat w, vfloat x) { return sum + w * x; }
+    static float activation(float x) { return x; }
+};
+
+struct F16 : F32 {
+    typedef bits16 Weight;
+    typedef vhalf Weights;
+    static SATEEN_INLINE vfloat weights(vhalf x) { return widen_f16(x); }
+};
+
+#ifdef __AVX512BF16__
+struct Bf16 {
+    typedef bits16 Weight;
+    typedef bits16 Activation;
+    typedef __m512bh Weights;
+    typedef __m512bh Activations;
+    static constexpr long STEP = 32;
+    static SATEEN_INLINE __m512bh weights(__m512bh x) { return x; }
+    static SATEEN_INLINE vfloat add(vfloat sum, __m512bh w, __m512bh x) { return (vfloat)_mm512_dpbf16_ps((__m512)sum, w, x); }
+    static bits16 activation(float x) { return to_bf16(x); }
+};
+#else
+struct Bf16 : F32 {
+    typedef bits16 Weight;
+    typedef vhalf Weights;
+    static SATEEN_INLINE vfloat weights(vhalf x) { return widen_bf16(x); }
+    static float activation(float x) { return bf16_float(to_bf16(x)); }
+};
+#endif
+
+template <typename F>
+constexpr long float_stride(long columns) {
+    return round_up(columns, 32) * sizeof(typename F::Activation);
+}
+
+template <typename F>
+inline void prepare_float(const float* x, long x_stride, long columns, long first, long last, void* scratch) {
+    for (long m = first; m < last; ++m) {
+        auto* const out = reinterpret_cast<typename F::Activation*>(static_cast<char*>(scratch) + m * float_stride<F>(columns));
+        for (long k = 0; k < columns; ++k) out[k] = F::activation(x[m * x_stride + k]);
+        for (long k = columns; k < round_up(columns, 32); ++k) out[k] = 0;
+    }
+}
+
+// W / T rows by T tokens. Rows from `rows` on repeat the last one and are not written. Short rows end before the
+// processor has seen the pattern, so FETCH asks for the next W rows; the first tokens of a block do it for all.
+template <typename F, int T, bool FETCH>
+inline void float_tile(const Linear& linear, const char* x, long row, long rows, float* y, long y_stride) {
+    constexpr int R = W / T;
+    const typename F::Weight* w[R];
+    const typename F::Activation* token[T];
+    const long used = rows - row < R ? rows - row : R;
+    for (int r = 0; r < R; ++r)
+        w[r] = static_cast<const typename F::Weight*>(linear.weight) + (row + (r < used ? r : used - 1)) * linear.columns;
+    for (int t = 0; t < T; ++t)
+        token[t] = reinterpret_cast<const typename F::Activation*>(x + t * float_stride<F>(linear.columns));
+    vfloat sum[W] = {};
+    const long ahead = W * linear.columns;
+    long k = 0;
+    for (; k + F::STEP <= linear.columns; k += F::STEP) {
+        typename F::Activations now[T];
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) __builtin_memcpy(&now[t], token[t] + k, sizeof now[t]);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            typename F::Weights loaded;
+            __builtin_memcpy(&loaded, w[r] + k, sizeof loaded);
+            if constexpr (FETCH) __builtin_prefetch(w[r] + k + ahead, 0, 2);
+            const auto weights = F::weights(loaded);
+#pragma GCC unroll 16
+            for (int t = 0; t < T; ++t) sum[t * R + r] = F::add(sum[t * R + r], weights, now[t]);
+        }
+    }
+    if (k < linear.columns) {
+        for (int r = 0; r < R; ++r) {
+            typename F::Weight rest[F::STEP] = {};
+            __builtin_memcpy(rest, w[r] + k, (linear.columns - k) * sizeof rest[0]);
+            typename F::Weights loaded;
+            __builtin_memcpy(&loaded, rest, sizeof loaded);
+            for (int t = 0; t < T; ++t) {
+                typename F::Activations now;
+                __builtin_memcpy(&now, token[t] + k, sizeof now);
+                sum[t * R + r] = F::add(sum[t * R + r], F::weights(loaded), now);
+            }
+        }
+    }
+    float out[W];
+    store(out, sum_each(sum));
+    if (linear.bias)
+        for (int t = 0; t < T; ++t)
+            for (long r = 0; r < used; ++r) out[t * R + r] += linear.bias[row + r];
+    for (int t = 0; t < T; ++t) {
+        if (used == R) __builtin_memcpy(y + t * y_stride + row, out + t * R, R * sizeof(float));
+        else __builtin_memcpy(y + t * y_stride + row, out + t * R, used * sizeof(float));
+    }
+}
+
+template <typename F, int T>
+inline void float_block(const Linear& linear, const char* x, long row, long end, float* y, long y_stride, bool fetch) {
+    for (long r = row; r < end; r += W / T) {
+        if (fetch) float_tile<F, T, true>(linear, x, r, end, y, y_stride);
+        else float_tile<F, T, false>(linear, x, r, end, y, y_stride);
+    }
+}
+
+template <typename F>
+void multiply_float(const Linear& linear, const void* scratch, long M, long first, long last, float* y, long y_stride) {
+    const char* const x = static_cast<const char*>(scratch);
+    const long stride = float_stride<F>(linear.columns);
+    for (long row = first; row < last; row += W) {
+        const long end = row + W < last ? row + W : last;
+        long m = 0;
+        for (; m + 4 <= M; m += 4) float_block<F, 4>(linear, x + m * stride, row, end, y + m * y_stride, y_stride, m == 0);
+        for (; m + 2 <= M; m += 2) float_block<F, 2>(linear, x + m * stride, row, end, y + m * y_stride, y_stride, m == 0);
+        if (m < M) float_block<F, 1>(linear, x + m * stride, row, end, y + m * y_stride, y_stride, m == 0);
+    }
+}
+
+}  // namespace
+}  // namespace sateen::SATEEN_ISA

@@ -1,0 +1,64 @@
+"""In which form an engine holds its weights: as stored, or packed when it loads and again at every update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from sateen.checkpoint.hf import load_model
+from sateen.errors import ConfigError, unknown_name
+from sateen.models.decoder import Decoder
+from sateen.models.lowbit import WEIGHTS, lowbit_model, packed_tensors
+from sateen.models.quantize import pack_model
+
+FORMS = ("auto", *WEIGHTS, "fairy2")
+
+
+def check_weights(weights: str) -> None:
+    """Raises `ConfigError` for a form that is not there."""
+    if weights not in FORMS:
+        raise ConfigError(unknown_name("weights", weights, FORMS))
+
+
+def serving_model(model: Decoder, weights: str) -> Decoder:
+    """The model in one of `FORMS`, sharing the tensors that are the same; `auto` is the model itself.
+
+    Raises:
+        ConfigError: its weights cannot take that form.
+    """
+    if weights in WEIGHTS:
+        return lowbit_model(model, weights)
+    if weights == "auto":
+        return model
+    quant = model.config.quant
+    if quant is None or quant.method not in ("phase", "fairy2i"):
+        have = "full-precision" if quant is None else quant.method
+        raise ConfigError(
+            f"weights 'fairy2' packs complex two-bit weights and this model's are {have}; convert it with "
+            "`sateen convert SRC DST --weights fairy2i`, or train one with the qat stage"
+        )
+    return pack_model(model)
+
+
+def new_tensors(
+    model: Decoder, weights: str, trained: Decoder | None, source: Mapping[str, Tensor] | str | Path | None
+) -> Mapping[str, Tensor] | str | Path | None:
+    """What an update puts into a serving model, None where it has the new weights already.
+
+    Args:
+        model: from `serving_model`.
+        weights: its form.
+        trained: the model it was made from, where the caller may go on training it.
+        source: new weights in the form of `trained` for int8 and int4, of `model` otherwise; None for those
+            that `trained` has now.
+    """
+    if weights not in WEIGHTS:
+        changed = source is None and trained is not None and trained is not model
+        return pack_model(trained).state_dict() if changed and trained is not None else source
+    if isinstance(source, str | Path):
+        source = load_model(source, device=str(model.device)).state_dict()
+    elif source is None and trained is not None:
+        source = trained.state_dict()
+    return None if source is None else packed_tensors(model, source)
