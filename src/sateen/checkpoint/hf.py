@@ -40,6 +40,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     mtp: str | Path | None = None,
+    may_map: bool = True,
 ) -> Decoder:
     """A model from a directory, a run folder's last checkpoint, a GGUF file, or a preset with fresh weights.
 
@@ -50,6 +51,7 @@ def load_model(
         device: torch device; `meta` builds without data.
         mtp: a directory with further MTP heads of this model, as the separate release of MiMo-7B's second
             and third is.
+        may_map: see `load`.
 
     Raises:
         CheckpointError: see `load`; also a preset larger than half of the free memory.
@@ -64,7 +66,7 @@ def load_model(
             raise ConfigError(f"mtp adds heads to a stored model; the preset {path_or_preset} has fresh ones")
         return _from_preset(str(path_or_preset), dtype or torch.float32, torch.device(device or "cpu"))
     folder = resolve(path_or_preset)
-    model = load(folder, dtype=dtype, device=device, mtp=mtp)
+    model = load(folder, dtype=dtype, device=device, mtp=mtp, may_map=may_map)
     model.source = folder
     return model.eval()
 

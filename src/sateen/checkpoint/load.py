@@ -136,6 +136,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     mtp: str | Path | None = None,
+    may_map: bool = True,
 ) -> Decoder:
     """The model stored in `folder`, a directory or a GGUF file.
 
@@ -148,6 +149,7 @@ def load(
             Routers and the scales of packed weights become float32 where a dtype is given.
         device: where parameters go; `meta` checks names and shapes without reading data.
         mtp: a directory with further MTP heads of this model.
+        may_map: False gives every tensor memory of its own, for callers that will let tensors go one by one.
 
     Raises:
         CheckpointError: unknown or missing tensors, wrong shapes, damaged files, unsupported dtypes.
@@ -161,11 +163,11 @@ def load(
         log.info("%s: loaded as float32; ask for another dtype to round it", folder)
     if stored.scales:
         log.info("%s: %d FP8 weights become %s", folder, len(stored.scales), dtype or fp8.DTYPE)
-    _fill(stored, dtype, device)
+    _fill(stored, dtype, device, may_map)
     return stored.model
 
 
-def _fill(stored: Stored, dtype: torch.dtype | None, device: torch.device) -> None:
+def _fill(stored: Stored, dtype: torch.dtype | None, device: torch.device, may_map: bool) -> None:
     model = stored.model
     ours = model.state_dict(keep_vars=True)
     float32 = float32_names(model)
@@ -174,7 +176,7 @@ def _fill(stored: Stored, dtype: torch.dtype | None, device: torch.device) -> No
         for key in keys:
             name, entry = stored.places[key]
             becomes = torch.float32 if dtype is not None and name in float32 else dtype
-            tensor = stored.read(key, becomes, device, may_map=entry.is_whole)
+            tensor = stored.read(key, becomes, device, may_map=may_map and entry.is_whole)
             if entry.is_whole:
                 filled[name] = tensor
             else:

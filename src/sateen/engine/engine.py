@@ -166,9 +166,9 @@ class LLM:
                 )
             self._trained: Decoder | None = model
         else:
-            model = load_model(model, dtype=dtype, device=device)
+            model = load_model(model, dtype=dtype, device=device, may_map=weights == "auto")
             self._trained = None
-        model = serving_model(model, weights)
+        model = serving_model(model, weights, is_ours=self._trained is None)
         self.model = model.eval()
         config = model.config
         if tokenizer is not None:

@@ -22,14 +22,16 @@ def check_weights(weights: str) -> None:
         raise ConfigError(unknown_name("weights", weights, FORMS))
 
 
-def serving_model(model: Decoder, weights: str) -> Decoder:
+def serving_model(model: Decoder, weights: str, *, is_ours: bool) -> Decoder:
     """The model in one of `FORMS`, sharing the tensors that are the same; `auto` is the model itself.
+
+    With `is_ours` nobody else has the model, and its floats may go as they are packed.
 
     Raises:
         ConfigError: its weights cannot take that form.
     """
     if weights in WEIGHTS:
-        return lowbit_model(model, weights)
+        return lowbit_model(model, weights, in_place=is_ours)
     if weights == "auto":
         return model
     quant = model.config.quant

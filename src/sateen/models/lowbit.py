@@ -20,7 +20,7 @@ WEIGHTS = ("int8", "int4")
 HEAD = "lm_head"
 
 
-def lowbit_model(model: Decoder, weights: str) -> Decoder:
+def lowbit_model(model: Decoder, weights: str, *, in_place: bool = False) -> Decoder:
     """A serving model whose linear layers and experts have weights of eight or four bits.
 
     The output matrix is int8 with both, because its errors go straight into the logits; where it is tied, the
@@ -28,6 +28,7 @@ def lowbit_model(model: Decoder, weights: str) -> Decoder:
 
     Args:
         weights: `int8` or `int4`; see `ops.pack_int8` and `ops.pack_int4`.
+        in_place: change `model` itself, so that each matrix in floating point goes when its codes are there.
 
     Raises:
         ConfigError: the model is packed already, has two-bit weights or no linear layers to pack, or
@@ -44,14 +45,15 @@ def lowbit_model(model: Decoder, weights: str) -> Decoder:
             f"weights {weights!r} packs a model in floating point and this one has "
             f"{model.config.quant.method} weights; serve them as they are with weights='auto'"
         )
-    packed = _shared(model)
+    packed = model if in_place else _shared(model)
     count = 0
-    for name, module in list(packed.named_modules()):
+    for name in [name for name, module in packed.named_modules() if _form(module) is not None]:
+        module = packed.get_submodule(name)
         make = _form(module)
-        if make is not None:
-            owner, _, leaf = name.rpartition(".")
-            setattr(packed.get_submodule(owner), leaf, make(module, "int8" if name == HEAD else weights))
-            count += 1
+        assert make is not None
+        owner, _, leaf = name.rpartition(".")
+        setattr(packed.get_submodule(owner), leaf, make(module, "int8" if name == HEAD else weights))
+        count += 1
     if count <= 1:
         raise ConfigError(f"weights {weights!r} found no linear layers to pack; it is for real-valued models")
     move_to_huge_pages(packed.buffers())
