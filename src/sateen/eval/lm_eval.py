@@ -1,8 +1,8 @@
 """EleutherAI's lm-evaluation-harness over our engine: `sateen eval MODEL --lm-eval TASKS`, `--model sateen`.
 
 `python -m sateen.eval.lm_eval` is the harness's own command line with our model class known to it. The same
-tasks through `sateen serve` use the harness's `local-completions`; the scores agree:
-tests/engine/server/test_harness.py. Importing this module needs the harness (`pip install 'sateen[lm-eval]'`).
+tasks through `sateen serve` use the harness's `local-completions` and get the same scores, which
+tests/engine/server/test_harness.py checks. Importing this module needs `pip install 'sateen[lm-eval]'`.
 """
 
 from __future__ import annotations
