@@ -84,6 +84,8 @@ struct Bf16 : F32 {
 };
 #endif
 
+constexpr long kFetchBytes = 2048;  // how far ahead of a single token's weights
+
 template <typename F>
 constexpr long float_stride(long columns) {
     return round_up(columns, 32) * sizeof(typename F::Activation);
@@ -113,6 +115,18 @@ inline void float_tile(const Linear& linear, const char* x, long row, long rows,
     vfloat sum[W] = {};
     const long ahead = W * linear.columns;
     long k = 0;
+    if constexpr (T == 1) {
+        // A single token waits for memory, which comes fastest in the order of its addresses: row after row.
+        for (int r = 0; r < R; ++r)
+            for (k = 0; k + F::STEP <= linear.columns; k += F::STEP) {
+                typename F::Weights loaded;
+                typename F::Activations now;
+                __builtin_memcpy(&loaded, w[r] + k, sizeof loaded);
+                __builtin_memcpy(&now, token[0] + k, sizeof now);
+                if constexpr (FETCH) __builtin_prefetch(reinterpret_cast<const char*>(w[r] + k) + kFetchBytes, 0, 2);
+                sum[r] = F::add(sum[r], F::weights(loaded), now);
+            }
+    }
     for (; k + F::STEP <= linear.columns; k += F::STEP) {
         typename F::Activations now[T];
 #pragma GCC unroll 16
