@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
+from sateen.checkpoint.hf import save
 from sateen.data.tokenizer import Tokenizer
 from sateen.engine.engine import LLM
 from sateen.errors import ConfigError
@@ -174,3 +176,12 @@ def test_unknown_tasks_and_settings_are_named(llm: LLM, manager: TaskManager) ->
         SateenLM(llm).generate_until([Asked()])
     with pytest.raises(ConfigError, match="go with --lm-eval"):
         faces.main("nowhere", limit=3)
+
+
+def test_the_device_that_the_harness_assumes_is_not_needed(tmp_path: Path, llm: LLM) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the harness's default device is here")
+    assert llm.tokenizer is not None
+    save(llm.model, tmp_path / "model")
+    llm.tokenizer.save(tmp_path / "model")
+    assert SateenLM(str(tmp_path / "model"), device="cuda:0", batch_size=2).llm.model.device.type == "cpu"

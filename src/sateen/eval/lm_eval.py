@@ -8,11 +8,12 @@ tests/engine/server/test_harness.py checks. Importing this module needs `pip ins
 from __future__ import annotations
 
 import json as codec
-import os
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -22,6 +23,8 @@ from sateen.engine.contract import Prompt
 from sateen.engine.engine import LLM
 from sateen.engine.request import RequestOutput, SamplingParams
 from sateen.errors import ConfigError
+
+log = logging.getLogger("sateen.eval")
 
 ACCEPTED = ("temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty")
 
@@ -53,6 +56,9 @@ class SateenLM(TemplateLM):  # type: ignore[misc]
     ):
         super().__init__()
         if not isinstance(model, LLM):
+            if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+                log.info("no CUDA device here, so %s, the harness's default, becomes the CPU", device)
+                device = None
             count = int(batch_size) if batch_size not in (None, "auto") else 16
             chosen: dict[str, Any] = {"max_num_seqs": count, "draft": "none", "device": device} | settings
             model = LLM(model, **chosen)
@@ -237,7 +243,5 @@ def main(
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    # `python -m` runs this file under another name; the harness must know the class by its real one.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.argv[0] = "python -m sateen.eval.lm_eval"
     cli_evaluate()
