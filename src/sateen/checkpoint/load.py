@@ -183,9 +183,7 @@ def _fill(stored: Stored, dtype: torch.dtype | None, device: torch.device, may_m
                 if name not in filled:
                     filled[name] = torch.empty(ours[name].shape, dtype=tensor.dtype, device=device)
                 entry.part(filled[name]).copy_(tensor)
-    model.load_state_dict(filled, assign=True, strict=not model.config.tie_word_embeddings)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.adopt(filled)
 
 
 def parameter_entries(model: Decoder) -> Iterator[tuple[str, Tensor, Entry]]:

@@ -33,14 +33,11 @@ class StepCost:
 
     def add(self, rows: int, seconds: float) -> None:
         """Counts one step."""
-        for name, value in (
-            ("weight", 1.0),
-            ("rows", rows),
-            ("rows2", rows * rows),
-            ("seconds", seconds),
-            ("product", rows * seconds),
-        ):
-            setattr(self, name, MEMORY * getattr(self, name) + value)
+        self.weight = MEMORY * self.weight + 1.0
+        self.rows = MEMORY * self.rows + rows
+        self.rows2 = MEMORY * self.rows2 + rows * rows
+        self.seconds = MEMORY * self.seconds + seconds
+        self.product = MEMORY * self.product + rows * seconds
 
     def line(self) -> tuple[float, float]:
         """Seconds of a step and of each row in it; a slope below 0 is noise and counts as 0."""

@@ -6,7 +6,7 @@ letters: T packed tokens, B sequences, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -120,6 +120,15 @@ class Decoder(nn.Module):
         """`build` on the meta device, for weights that come from elsewhere."""
         with torch.device("meta"), NoInit():
             return Decoder.build(config)
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> Decoder:
+        """Takes tensors by name as its own, without a copy; a tied output matrix stays the embedding."""
+        is_tied = self.config.tie_word_embeddings
+        own = {name: x for name, x in tensors.items() if not (is_tied and name == "lm_head.weight")}
+        self.load_state_dict(own, assign=True, strict=not is_tied)
+        if is_tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -97,8 +97,7 @@ def _form(module: nn.Module) -> Callable[[Any, str], nn.Module] | None:
 
 def _shared(model: Decoder) -> Decoder:
     """Another model with the same tensors."""
-    other = Decoder.build_empty(model.config)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    other.load_state_dict(tensors, assign=True)
+    other = Decoder.build_empty(model.config).adopt(tensors)
     other.source = model.source
     return other

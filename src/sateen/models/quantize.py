@@ -137,11 +137,6 @@ def _tensors(model: Decoder) -> dict[str, Tensor]:
 
 
 def _with_tensors(config: ModelConfig, tensors: dict[str, Tensor], like: Decoder) -> Decoder:
-    model = Decoder.build_empty(config)
-    if config.tie_word_embeddings:
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-    model.load_state_dict(tensors, assign=True, strict=not config.tie_word_embeddings)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model = Decoder.build_empty(config).adopt(tensors)
     model.source = like.source
     return model

@@ -117,7 +117,9 @@ class SateenForCausalLM(PreTrainedModel, GenerationMixin):
         if not is_main_process:
             return
         self.config.architectures = self.config.architectures or [type(self).__name__]
-        decoder = self.decoder if state_dict is None else _with_tensors(self.decoder, state_dict)
+        decoder = self.decoder
+        if state_dict is not None:
+            decoder = Decoder.build_empty(decoder.config).adopt(state_dict)
         kept, decoder.config = decoder.config, config_with(self.config, decoder)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,16 +206,6 @@ class SateenForCausalLM(PreTrainedModel, GenerationMixin):
 
     def resize_token_embeddings(self, *args: Any, **words: Any) -> Any:
         raise ConfigError("resize_token_embeddings is not supported; vocab_size belongs to config.json")
-
-
-def _with_tensors(decoder: Decoder, tensors: Mapping[str, Tensor]) -> Decoder:
-    """The same model with other tensors, which stay where they are."""
-    other = Decoder.build_empty(decoder.config)
-    is_tied = decoder.config.tie_word_embeddings
-    other.load_state_dict(dict(tensors), assign=True, strict=not is_tied)
-    if is_tied:
-        other.lm_head.weight = other.model.embed_tokens.weight
-    return other
 
 
 def _continue(decoder: Decoder, ids: Tensor, mask: Tensor | None, cache: GrowingCache) -> Tensor:
