@@ -100,60 +100,74 @@ inline void prepare_float(const float* x, long x_stride, long columns, long firs
     }
 }
 
+// The first `count` of a vector's numbers, zeros behind them.
+template <typename V, typename N>
+SATEEN_INLINE V load_first(const N* p, long count) {
+    N some[sizeof(V) / sizeof(N)] = {};
+    __builtin_memcpy(some, p, count * sizeof(N));
+    V x;
+    __builtin_memcpy(&x, some, sizeof x);
+    return x;
+}
+
+template <typename V, typename N>
+SATEEN_INLINE V load_all(const N* p) {
+    V x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+}
+
 // W / T rows by T tokens. Rows from `rows` on repeat the last one and are not written. Short rows end before the
-// processor has seen the pattern, so FETCH asks for the next W rows; the first tokens of a block do it for all.
-template <typename F, int T, bool FETCH>
-inline void float_tile(const Linear& linear, const char* x, long row, long rows, float* y, long y_stride) {
+// processor has seen the pattern, so the tile asks for FETCH rows, from its row `fetch` on, of those W rows further on.
+// Loops over rows and tokens are unrolled, which keeps the sums in registers.
+template <typename F, int T, int FETCH>
+inline void float_tile(const Linear& linear, const char* x, long row, long rows, float* y, long y_stride, int fetch) {
     constexpr int R = W / T;
+    const long columns = linear.columns, whole = columns / F::STEP * F::STEP;
     const typename F::Weight* w[R];
     const typename F::Activation* token[T];
     const long used = rows - row < R ? rows - row : R;
-    for (int r = 0; r < R; ++r)
-        w[r] = static_cast<const typename F::Weight*>(linear.weight) + (row + (r < used ? r : used - 1)) * linear.columns;
+    w[0] = static_cast<const typename F::Weight*>(linear.weight) + row * columns;
+#pragma GCC unroll 16
+    for (int r = 1; r < R; ++r) w[r] = r < used ? w[r - 1] + columns : w[r - 1];
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t)
-        token[t] = reinterpret_cast<const typename F::Activation*>(x + t * float_stride<F>(linear.columns));
-    vfloat sum[W] = {};
-    const long ahead = W * linear.columns;
-    long k = 0;
-    if constexpr (T == 1) {
-        // A single token waits for memory, which comes fastest in the order of its addresses: row after row.
-        for (int r = 0; r < R; ++r)
-            for (k = 0; k + F::STEP <= linear.columns; k += F::STEP) {
-                typename F::Weights loaded;
-                typename F::Activations now;
-                __builtin_memcpy(&loaded, w[r] + k, sizeof loaded);
-                __builtin_memcpy(&now, token[0] + k, sizeof now);
-                if constexpr (FETCH) __builtin_prefetch(reinterpret_cast<const char*>(w[r] + k) + kFetchBytes, 0, 2);
-                sum[r] = F::add(sum[r], F::weights(loaded), now);
-            }
-    }
-    for (; k + F::STEP <= linear.columns; k += F::STEP) {
+        token[t] = reinterpret_cast<const typename F::Activation*>(x + t * float_stride<F>(columns));
+    const typename F::Weight* const ahead = w[0] + (W + fetch) * columns;
+    vfloat sum[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) sum[i] = vfloat{};
+    const auto step = [&](long k, auto load_weights, auto load_activations) __attribute__((always_inline)) {
         typename F::Activations now[T];
 #pragma GCC unroll 16
-        for (int t = 0; t < T; ++t) __builtin_memcpy(&now[t], token[t] + k, sizeof now[t]);
+        for (int t = 0; t < T; ++t) now[t] = load_activations(token[t] + k);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            typename F::Weights loaded;
-            __builtin_memcpy(&loaded, w[r] + k, sizeof loaded);
-            if constexpr (FETCH) __builtin_prefetch(w[r] + k + ahead, 0, 2);
-            const auto weights = F::weights(loaded);
+            const auto weights = F::weights(load_weights(w[r] + k));
 #pragma GCC unroll 16
             for (int t = 0; t < T; ++t) sum[t * R + r] = F::add(sum[t * R + r], weights, now[t]);
         }
-    }
-    if (k < linear.columns) {
-        for (int r = 0; r < R; ++r) {
-            typename F::Weight rest[F::STEP] = {};
-            __builtin_memcpy(rest, w[r] + k, (linear.columns - k) * sizeof rest[0]);
-            typename F::Weights loaded;
-            __builtin_memcpy(&loaded, rest, sizeof loaded);
-            for (int t = 0; t < T; ++t) {
-                typename F::Activations now;
-                __builtin_memcpy(&now, token[t] + k, sizeof now);
-                sum[t * R + r] = F::add(sum[t * R + r], F::weights(loaded), now);
+    };
+    if constexpr (T == 1) {
+        // A single token waits for memory, which comes fastest in the order of its addresses: row after row.
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+            for (long k = 0; k < whole; k += F::STEP) {
+                if constexpr (FETCH) __builtin_prefetch(reinterpret_cast<const char*>(w[r] + k) + kFetchBytes, 0, 2);
+                const auto weights = F::weights(load_all<typename F::Weights>(w[r] + k));
+                sum[r] = F::add(sum[r], weights, load_all<typename F::Activations>(token[0] + k));
             }
+    } else {
+        for (long k = 0; k < whole; k += F::STEP) {
+#pragma GCC unroll 16
+            for (int r = 0; r < FETCH; ++r) __builtin_prefetch(ahead + r * columns + k, 0, 2);
+            step(k, [](auto* p) { return load_all<typename F::Weights>(p); },
+                 [](auto* p) { return load_all<typename F::Activations>(p); });
         }
     }
+    if (whole < columns)
+        step(whole, [&](auto* p) { return load_first<typename F::Weights>(p, columns - whole); },
+             [](auto* p) { return load_all<typename F::Activations>(p); });
     float out[W];
     store(out, sum_each(sum));
     if (linear.bias)
@@ -165,11 +179,18 @@ inline void float_tile(const Linear& linear, const char* x, long row, long rows,
     }
 }
 
+// A block of at most W rows by T tokens, on pass `pass` of `passes` over these rows: each asks for another share of the
+// next block, so that it arrives while this one computes.
 template <typename F, int T>
-inline void float_block(const Linear& linear, const char* x, long row, long end, float* y, long y_stride, bool fetch) {
-    for (long r = row; r < end; r += W / T) {
-        if (fetch) float_tile<F, T, true>(linear, x, r, end, y, y_stride);
-        else float_tile<F, T, false>(linear, x, r, end, y, y_stride);
+inline void float_block(const Linear& linear, const char* x, long row, long end, float* y, long y_stride, long pass,
+                        long passes) {
+    constexpr int R = W / T;
+    const int first = int(pass * R / passes), count = int((pass + 1) * R / passes) - first;
+    for (long r = row; r < end; r += R) {
+        if (count == 0) float_tile<F, T, 0>(linear, x, r, end, y, y_stride, 0);
+        else if (count == 1) float_tile<F, T, 1>(linear, x, r, end, y, y_stride, first);
+        else if (count == 2 && R > 2) float_tile<F, T, 2>(linear, x, r, end, y, y_stride, first);
+        else float_tile<F, T, R>(linear, x, r, end, y, y_stride, 0);
     }
 }
 
@@ -177,12 +198,13 @@ template <typename F>
 void multiply_float(const Linear& linear, const void* scratch, long M, long first, long last, float* y, long y_stride) {
     const char* const x = static_cast<const char*>(scratch);
     const long stride = float_stride<F>(linear.columns);
+    const long passes = M / 4 + (M & 2 ? 1 : 0) + (M & 1);
     for (long row = first; row < last; row += W) {
         const long end = row + W < last ? row + W : last;
-        long m = 0;
-        for (; m + 4 <= M; m += 4) float_block<F, 4>(linear, x + m * stride, row, end, y + m * y_stride, y_stride, m == 0);
-        for (; m + 2 <= M; m += 2) float_block<F, 2>(linear, x + m * stride, row, end, y + m * y_stride, y_stride, m == 0);
-        if (m < M) float_block<F, 1>(linear, x + m * stride, row, end, y + m * y_stride, y_stride, m == 0);
+        long m = 0, pass = 0;
+        for (; m + 4 <= M; m += 4) float_block<F, 4>(linear, x + m * stride, row, end, y + m * y_stride, y_stride, pass++, passes);
+        for (; m + 2 <= M; m += 2) float_block<F, 2>(linear, x + m * stride, row, end, y + m * y_stride, y_stride, pass++, passes);
+        if (m < M) float_block<F, 1>(linear, x + m * stride, row, end, y + m * y_stride, y_stride, pass++, passes);
     }
 }
 
