@@ -10,7 +10,7 @@
 namespace sateen::SATEEN_ISA {
 namespace {
 
-constexpr long kUnitBytes = 1 << 16;  // of weights that a thread takes at a time
+constexpr long kUnitBytes = 1 << 17;  // of weights that a thread takes at a time
 
 // silu(gate) * up, in the place of `gate`.
 void swiglu(float* gate, const float* up, long count) {
