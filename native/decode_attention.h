@@ -13,7 +13,7 @@ namespace sateen::SATEEN_ISA {
 namespace {
 
 constexpr long kPad = 16;
-constexpr long kBlock = 16;  // keys whose rows are looked at together, so few that the floats stay in the first cache
+constexpr long kBlock = 32;  // keys whose rows are looked at together, so few that the floats stay in the first cache
 
 inline long padded(long channels) { return round_up(channels, kPad); }
 

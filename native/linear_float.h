@@ -5,7 +5,7 @@
 #include "linear.h"
 #include "simd.h"
 
-#if defined(__AVX512BF16__) || defined(__F16C__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -15,7 +15,13 @@ namespace {
 typedef unsigned short vhalf __attribute__((vector_size(W * 2)));
 typedef unsigned short bits16;
 
-SATEEN_INLINE vfloat widen_bf16(vhalf x) { return from_bits(__builtin_convertvector(x, vint) << 16); }
+SATEEN_INLINE vfloat widen_bf16(vhalf x) {
+#if defined(__AVX512F__)
+    return from_bits((vint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x) << 16);  // GCC halves the vector otherwise
+#else
+    return from_bits(__builtin_convertvector(x, vint) << 16);
+#endif
+}
 
 SATEEN_INLINE vfloat widen_f16(vhalf x) {
 #if defined(__AVX512F__)
