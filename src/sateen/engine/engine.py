@@ -166,7 +166,7 @@ class LLM:
                 )
             self._trained: Decoder | None = model
         else:
-            model = load_model(model, dtype=dtype, device=device, may_map=weights == "auto")
+            model = load_model(model, dtype=dtype, device=device, may_map=False)
             self._trained = None
         model = serving_model(model, weights, is_ours=self._trained is None)
         self.model = model.eval()

@@ -12,6 +12,7 @@ from sateen.errors import ConfigError, unknown_name
 from sateen.models.decoder import Decoder
 from sateen.models.lowbit import WEIGHTS, lowbit_model, packed_tensors
 from sateen.models.quantize import pack_model
+from sateen.ops.pages import move_to_huge_pages
 
 FORMS = ("auto", *WEIGHTS, "fairy2")
 
@@ -25,7 +26,7 @@ def check_weights(weights: str) -> None:
 def serving_model(model: Decoder, weights: str, *, is_ours: bool) -> Decoder:
     """The model in one of `FORMS`, sharing the tensors that are the same; `auto` is the model itself.
 
-    With `is_ours` nobody else has the model, and its floats may go as they are packed.
+    With `is_ours` nobody else has the model: its floats may go as they are packed, and move to huge pages.
 
     Raises:
         ConfigError: its weights cannot take that form.
@@ -33,6 +34,8 @@ def serving_model(model: Decoder, weights: str, *, is_ours: bool) -> Decoder:
     if weights in WEIGHTS:
         return lowbit_model(model, weights, in_place=is_ours)
     if weights == "auto":
+        if is_ours:
+            move_to_huge_pages(model.parameters())
         return model
     quant = model.config.quant
     if quant is None or quant.method not in ("phase", "fairy2i"):

@@ -1,4 +1,4 @@
-"""Where packed weights lie in memory: end to end on huge pages, which a decode step reads faster."""
+"""Where a serving model's weights lie in memory: end to end on huge pages, which a step reads faster."""
 
 from __future__ import annotations
 
