@@ -23,15 +23,15 @@ import torch
 from _results import ROOT, is_dirty, publish, quartiles, result_file, revision
 
 from sateen.checkpoint.hf import load_model
-from sateen.engine.cache import KVCache
-from sateen.engine.native_step import NativeStep
+from sateen.engine.cache.kv_cache import KVCache
+from sateen.engine.native.step import NativeStep
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import LayerLinks, Sequences
 from sateen.ops.native import native
 from sateen.receipt.machine import hardware, versions
 
-TESTS = ROOT / "tests" / "engine" / "test_native_step.py"
+TESTS = ROOT / "tests" / "engine" / "native" / "test_step.py"
 WARMUP = 2
 WINDOW, FULL_EVERY = 128, 6
 # Torch reads all rows of a long context into new tensors; a few repeats say enough.

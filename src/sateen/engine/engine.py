@@ -15,17 +15,17 @@ from typing import Any
 
 from sateen.checkpoint.hf import load_model
 from sateen.data.tokenizer import Tokenizer, check_vocab
-from sateen.engine.cache import KVCache
+from sateen.engine.cache.kv_cache import KVCache
+from sateen.engine.cache.prefix import prefix_cache_for
+from sateen.engine.cache.sizing import cache_size, kv_dtype
 from sateen.engine.contract import Engine, Prompt, WeightUpdate, copy_weights
-from sateen.engine.draft_length import DraftLength
-from sateen.engine.draft_stats import DraftStats
+from sateen.engine.drafts.length import DraftLength
+from sateen.engine.drafts.stats import DraftStats
 from sateen.engine.intake import Intake, find_tokenizer
 from sateen.engine.limits import Deadlines, Pace, check_deadline
-from sateen.engine.prefix import prefix_cache_for
 from sateen.engine.request import RequestOutput, SamplingParams
 from sateen.engine.runner import Runner
 from sateen.engine.scheduler import Chunk, Scheduler
-from sateen.engine.sizing import cache_size, kv_dtype
 from sateen.engine.state import Request
 from sateen.engine.weights import check_weights, new_tensors, serving_model
 from sateen.errors import ConfigError, QueueFull, RequestError, unknown_name

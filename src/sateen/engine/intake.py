@@ -15,9 +15,9 @@ from sateen.data.tokenizer import Tokenizer, check_vocab
 from sateen.engine.contract import Prompt
 from sateen.engine.detokenizer import Detokenizer
 from sateen.engine.request import SamplingParams
-from sateen.engine.shaping import Shaper
+from sateen.engine.sampling.shaping import Shaper
+from sateen.engine.sampling.structured import Grammars
 from sateen.engine.state import Request
-from sateen.engine.structured import Grammars
 from sateen.errors import RequestError
 from sateen.models.decoder import Decoder
 

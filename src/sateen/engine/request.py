@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from sateen.engine.draft_stats import DraftStats
-from sateen.engine.values import bias, integer, listed, number, schema
+from sateen.engine.drafts.stats import DraftStats
+from sateen.engine.sampling.values import bias, integer, listed, number, schema
 from sateen.errors import RequestError, unknown_name
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM: logits would overflow float32

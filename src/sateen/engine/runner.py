@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sateen.engine.cache import KVCache
-from sateen.engine.logprobs import completion_logprobs, score_prompt
-from sateen.engine.native_step import MAX_TOKENS, native_step
-from sateen.engine.sampler import mask_padding
+from sateen.engine.cache.kv_cache import KVCache
+from sateen.engine.drafts.drafter import Drafter, DraftJob
+from sateen.engine.native.step import MAX_TOKENS, native_step
+from sateen.engine.sampling.logprobs import completion_logprobs, score_prompt
+from sateen.engine.sampling.sampler import mask_padding
+from sateen.engine.sampling.shaping import shape
+from sateen.engine.sampling.verification import verify
 from sateen.engine.scheduler import Chunk
-from sateen.engine.shaping import shape
-from sateen.engine.speculative import Drafter, DraftJob
 from sateen.engine.state import Request
-from sateen.engine.verification import verify
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import LayerLinks, Sequences
 

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sateen.engine.cache import CacheEntry
+from sateen.engine.cache.kv_cache import CacheEntry
 from sateen.engine.detokenizer import Detokenizer
-from sateen.engine.draft_stats import DraftStats
+from sateen.engine.drafts.stats import DraftStats
 from sateen.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
-from sateen.engine.shaping import Shaper
+from sateen.engine.sampling.shaping import Shaper
 
 
 @dataclass(eq=False)
