@@ -216,3 +216,17 @@ class RequestOutput:
     router_ids: dict[int, list[list[int]]] | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """News of one completion: its prompt's place in the call, new text and tokens, whether it is complete.
+
+    `completion` is its place among the prompt's, as in `CompletionOutput.index`.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finished: bool
+    completion: int = 0

@@ -20,8 +20,6 @@ from sateen.engine.state import Request
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import LayerLinks, Sequences
 
-SCORE_NUMBERS = 1 << 24  # logits held at once while scoring
-
 
 class Runner:
     """Executes chunks on a model and its caches.
@@ -133,22 +131,3 @@ class Runner:
         if self.native is not None and len(hidden) <= MAX_TOKENS:
             return self.native.logits(hidden)
         return self.model.logits(self.model.head_input(hidden))
-
-    @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The raw log-probabilities of all tokens but the first of each sequence, in one forward."""
-        device = self.model.device
-        ids = torch.tensor([token for sequence in sequences for token in sequence], device=device)
-        lengths = [len(sequence) for sequence in sequences]
-        seq = Sequences.of_lengths(lengths, device)
-        normed = self.model.head_input(self.model.trunk(ids, seq))
-        labels = ids.roll(-1)
-        chunk = max(1, SCORE_NUMBERS // self.model.config.vocab_size)
-        parts = []
-        for start in range(0, len(ids), chunk):
-            logits = self.model.logits(normed[start : start + chunk]).float()
-            y = labels[start : start + chunk]
-            parts.append(logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1))
-        flat = torch.cat(parts).tolist()
-        ends = torch.tensor(lengths).cumsum(0).tolist()
-        return [flat[end - length : end - 1] for end, length in zip(ends, lengths, strict=True)]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sateen.checkpoint.hf import load_model
 from sateen.data.tokenizer import Tokenizer
-from sateen.engine.cache.kv_cache import CacheEntry, KVCache
-from sateen.engine.cache.sizing import cache_size, kv_dtype
+from sateen.engine.cache.kv_cache import CacheEntry
+from sateen.engine.cache.sizing import sized_cache
 from sateen.engine.intake import find_tokenizer
 from sateen.engine.request import SamplingParams
 from sateen.engine.sampling.sampler import distribution, draw, mask_padding
@@ -117,17 +117,11 @@ class AudioEngine:
         self.tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model)
         self._chunks = text_chunk, patch_chunk
         config = model.config
-        layouts = config.kv_layouts()[: config.num_hidden_layers]
-        dtype = kv_dtype(kv_cache_dtype, model.model.embed_tokens.weight.dtype)
-        size = cache_size(
-            layouts, dtype, model.device, context=config.max_position_embeddings, max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len, kv_memory_bytes=kv_memory_bytes, num_pages=None,
+        self.cache = sized_cache(
+            model, kv_cache_dtype=kv_cache_dtype, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+            kv_memory_bytes=kv_memory_bytes,
         )  # fmt: skip
-        self.max_model_len = size.max_model_len
-        self.cache = KVCache(
-            layouts, num_trunk_layers=config.num_hidden_layers, num_pages=size.num_pages,
-            num_slots=max_num_seqs, max_model_len=size.max_model_len, dtype=dtype, device=model.device,
-        )  # fmt: skip
+        self.max_model_len = self.cache.max_model_len
         self._num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
         eos = config.raw.get("eos_token_id")
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from sateen.checkpoint.hf import free_bytes
-from sateen.engine.cache.kv_cache import PAGE, page_bytes
+from sateen.engine.cache.kv_cache import PAGE, KVCache, page_bytes
 from sateen.errors import ConfigError, unknown_name
+from sateen.models.decoder import Decoder
 from sateen.nn.spec import KVLayout
 
 log = logging.getLogger("sateen.engine")
@@ -83,3 +84,34 @@ def cache_size(
         )
     log.info("%s, so max_model_len is %d and not the model's %d", held, num_pages * PAGE, context)
     return CacheSize(num_pages, num_pages * PAGE)
+
+
+def sized_cache(
+    model: Decoder,
+    *,
+    kv_cache_dtype: str,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    kv_memory_bytes: int | None,
+    num_draft: int = 0,
+    num_pages: int | None = None,
+    attention: str = "auto",
+) -> KVCache:
+    """The caches of an engine: of the model's layers and its first `num_draft` heads; settings as of `LLM`.
+
+    Raises:
+        ConfigError: see `kv_dtype` and `cache_size`.
+    """
+    config = model.config
+    num_layers = config.num_hidden_layers
+    layouts = config.kv_layouts()[: num_layers + num_draft]
+    dtype = kv_dtype(kv_cache_dtype, model.model.embed_tokens.weight.dtype)
+    size = cache_size(
+        layouts, dtype, model.device, context=config.max_position_embeddings, max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len, kv_memory_bytes=kv_memory_bytes, num_pages=num_pages,
+    )  # fmt: skip
+    return KVCache(
+        layouts, num_trunk_layers=num_layers, num_pages=size.num_pages, num_slots=max_num_seqs,
+        max_model_len=size.max_model_len, num_draft=num_draft, dtype=dtype, device=model.device,
+        attention=attention,
+    )  # fmt: skip
