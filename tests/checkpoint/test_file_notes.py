@@ -109,7 +109,7 @@ def test_rounded_routers_are_named(tmp_path):
     load_model("mimo-v2-flash-tiny").save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    assert "routers are stored as BF16; the release keeps them in F32" in file_notes(tmp_path)
+    assert "routers are stored as BF16; the release keeps them in F32" in file_notes(check(tmp_path))
 
 
 @pytest.mark.parametrize("per_head", [None, 192])
@@ -122,7 +122,7 @@ def test_fp8_scales_are_counted_and_their_tiling_is_found(per_head, as_fp8, tmp_
             parameter.normal_(generator=generator).pow_(3)  # few large ones, so that blocks differ
     model.save(tmp_path)
     as_fp8(tmp_path, per_head)
-    notes = file_notes(tmp_path)
+    notes = file_notes(check(tmp_path))
     assert any(re.match(r"\d+ weights are FP8 blocks; loading makes them bfloat16", line) for line in notes)
     odd = [line for line in notes if "of scales" in line or "FP8 scales" in line]
     if per_head is None:
