@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,19 @@ def revision() -> str | None:
 def is_dirty(*paths: str) -> bool:
     """Whether files at these paths of the checkout differ from the commit."""
     return bool(git("status", "--porcelain", *paths))
+
+
+def tests_pass(script: str, tests: Path) -> bool:
+    """Whether the tests of what a script measures pass; if not it says that their speed means nothing."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", tests], capture_output=True, cwd=ROOT, check=False
+    )
+    if ran.returncode:
+        name = tests.relative_to(ROOT)
+        print(
+            f"benchmarks/{script}: {name} fails, so the speed of what it tests means nothing", file=sys.stderr
+        )
+    return ran.returncode == 0
 
 
 def quartiles(values: Sequence[float], *, method: str = "exclusive") -> dict[str, float]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import ROOT, is_dirty, publish, quartiles, result_file, revision
+from _results import ROOT, is_dirty, publish, quartiles, result_file, revision, tests_pass
 
 from sateen.checkpoint.hf import load_model
-from sateen.engine.cache import KVCache
-from sateen.engine.native_step import NativeStep
+from sateen.engine.cache.kv_cache import KVCache
+from sateen.engine.native.step import NativeStep
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import LayerLinks, Sequences
 from sateen.ops.native import native
 from sateen.receipt.machine import hardware, versions
 
-TESTS = ROOT / "tests" / "engine" / "test_native_step.py"
+TESTS = ROOT / "tests" / "engine" / "native" / "test_step.py"
 WARMUP = 2
 WINDOW, FULL_EVERY = 128, 6
 # Torch reads all rows of a long context into new tensors; a few repeats say enough.
@@ -124,11 +123,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/decode-step-CPU.json")
     options = parser.parse_args()
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", TESTS], capture_output=True, cwd=ROOT, check=False
-    )
-    if tests.returncode:
-        print("benchmarks/decode_step.py: the step's tests fail; its speed means nothing", file=sys.stderr)
+    if not tests_pass("decode_step.py", TESTS):
         return 1
     if options.threads:
         torch.set_num_threads(options.threads)

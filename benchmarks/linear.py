@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import ROOT, is_dirty, publish, quartiles, result_file, revision
+from _results import ROOT, is_dirty, publish, quartiles, result_file, revision, tests_pass
 from torch.nn import functional as F
 
 from sateen import ops
@@ -107,11 +106,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/linear-CPU.json")
     options = parser.parse_args()
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", TESTS], capture_output=True, cwd=ROOT, check=False
-    )
-    if tests.returncode:
-        print("benchmarks/linear.py: the kernels' tests fail, so their speed means nothing", file=sys.stderr)
+    if not tests_pass("linear.py", TESTS):
         return 1
     results = []
     for rows, columns in SHAPES:

@@ -395,7 +395,7 @@ VERBS: dict[str, Verb] = {
          "experts place runs/demo/hybrid/traces/expert_load.npz --ranks 4 --slots 8 --json"),
     ),
     "audio": Verb(
-        "sateen.engine.audio_codec:main", "sound to codes and back, text to sound and back", _audio,
+        "sateen.engine.audio.codec:main", "sound to codes and back, text to sound and back", _audio,
         ("audio encode speech.wav codes.safetensors --model runs/audio-tiny",
          "audio encode speech.wav codes.safetensors --model runs/audio-tiny --quantizers 4 --json",
          "audio decode codes.safetensors speech-again.wav --model runs/audio-tiny",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sateen.checkpoint.file_notes import file_notes
 from sateen.checkpoint.hf import load_model
 from sateen.checkpoint.inspect import inspect, main
+from sateen.checkpoint.load import check
 from sateen.data.tokenizer import Tokenizer
 from sateen.errors import CheckpointError
 from sateen.models.base import ModelConfig
@@ -36,7 +37,7 @@ def change(file, **words):
 
 
 def test_a_complete_directory_has_no_notes(folder):
-    assert file_notes(folder) == []
+    assert file_notes(check(folder)) == []
 
 
 @pytest.mark.parametrize(
@@ -49,33 +50,33 @@ def test_a_complete_directory_has_no_notes(folder):
 )
 def test_missing_files_are_named(missing, says, folder):
     (folder / missing).unlink()
-    (line,) = file_notes(folder)
+    (line,) = file_notes(check(folder))
     assert re.search(says, line)
 
 
 def test_a_slow_tokenizer_is_named(folder):
     (folder / "tokenizer.json").rename(folder / "vocab.json")
-    (line,) = file_notes(folder)
+    (line,) = file_notes(check(folder))
     assert "only the files of a slow tokenizer, which are carried but not read" in line
 
 
 def test_a_missing_template_is_named_and_a_template_file_counts(folder):
     change(folder / "tokenizer_config.json", chat_template=None)
-    assert file_notes(folder) == ["no chat template here: chat needs one, plain prompts do not"]
+    assert file_notes(check(folder)) == ["no chat template here: chat needs one, plain prompts do not"]
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert file_notes(folder) == []
+    assert file_notes(check(folder)) == []
 
 
 def test_end_tokens_that_differ_are_listed(folder):
     change(folder / "generation_config.json", eos_token_id=[0, 2])
     change(folder / "config.json", eos_token_id=5)
-    assert file_notes(folder) == [
+    assert file_notes(check(folder)) == [
         "end tokens differ: [5] in config.json, [0] in tokenizer_config.json, [0, 2] in "
         "generation_config.json; ours end at those of config.json and of the tokenizer"
     ]
     change(folder / "config.json", eos_token_id=None)
     change(folder / "generation_config.json", eos_token_id=None)
-    assert file_notes(folder) == []  # who says nothing contradicts nobody
+    assert file_notes(check(folder)) == []  # who says nothing contradicts nobody
 
 
 @pytest.mark.parametrize(
@@ -91,14 +92,14 @@ def test_another_vocabulary_than_the_tokenizers_is_named(rows, says, folder):
     model = Decoder(ModelConfig.from_hf(raw)).init_weights(0)
     model.source = folder
     model.save(folder)
-    assert file_notes(folder) == [says]
+    assert file_notes(check(folder)) == [says]
 
 
 def test_several_dtypes_are_counted(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
     save_file(tensors, folder / "model.safetensors")
-    assert file_notes(folder) == [
+    assert file_notes(check(folder)) == [
         f"tensors have several dtypes (1 F16, {len(tensors) - 1} F32); loading keeps them unless a dtype is "
         "asked for"
     ]
@@ -108,7 +109,7 @@ def test_rounded_routers_are_named(tmp_path):
     load_model("mimo-v2-flash-tiny").save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    assert "routers are stored as BF16; the release keeps them in F32" in file_notes(tmp_path)
+    assert "routers are stored as BF16; the release keeps them in F32" in file_notes(check(tmp_path))
 
 
 @pytest.mark.parametrize("per_head", [None, 192])
@@ -121,7 +122,7 @@ def test_fp8_scales_are_counted_and_their_tiling_is_found(per_head, as_fp8, tmp_
             parameter.normal_(generator=generator).pow_(3)  # few large ones, so that blocks differ
     model.save(tmp_path)
     as_fp8(tmp_path, per_head)
-    notes = file_notes(tmp_path)
+    notes = file_notes(check(tmp_path))
     assert any(re.match(r"\d+ weights are FP8 blocks; loading makes them bfloat16", line) for line in notes)
     odd = [line for line in notes if "of scales" in line or "FP8 scales" in line]
     if per_head is None:
@@ -149,4 +150,4 @@ def test_notes_of_files_stand_before_those_of_the_config(folder, capsys):
 def test_a_broken_generation_config_is_an_error_that_names_it(folder):
     (folder / "generation_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"generation_config\.json: a JSON object is expected"):
-        file_notes(folder)
+        file_notes(check(folder))

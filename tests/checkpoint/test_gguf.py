@@ -17,6 +17,7 @@ from sateen.checkpoint import inspect
 from sateen.checkpoint.file_notes import file_notes
 from sateen.checkpoint.gguf_file import BLOCK_TYPES, read_gguf
 from sateen.checkpoint.hf import load_model, save
+from sateen.checkpoint.load import check
 from sateen.checkpoint.shards import read_config
 from sateen.engine.engine import LLM
 from sateen.engine.request import SamplingParams
@@ -505,6 +506,6 @@ def test_saving_elsewhere_leaves_no_tokenizer_of_another_kind_behind(path, tmp_p
 )
 def test_inspect_says_what_a_file_holds(arch, arguments, notes, path):
     Written(path, arch, **arguments)
-    found = file_notes(path)
+    found = file_notes(check(path))
     assert len(found) == len(notes)
     assert all(line.startswith(says) for line, says in zip(found, notes, strict=True))

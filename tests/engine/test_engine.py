@@ -200,7 +200,7 @@ def test_raw_logprobs_are_the_plain_forwards(flash, make_prompts):
 
 
 def test_score_is_the_log_softmax_of_the_plain_forward(flash, make_prompts, monkeypatch):
-    monkeypatch.setattr("sateen.engine.runner.SCORE_NUMBERS", 512 * 10)  # ten rows of logits at once
+    monkeypatch.setattr("sateen.engine.scoring.SCORE_NUMBERS", 512 * 10)  # ten rows of logits at once
     sequences = make_prompts([1, 2, 70, 33, 129, 5])
     scores = LLM(flash, max_num_batched_tokens=64).score(sequences)
     for ids, got in zip(sequences, scores, strict=True):

@@ -137,7 +137,7 @@ def test_cancellation_frees_rows_at_once_and_disturbs_nobody(
 def test_a_batch_ends_although_some_of_it_is_dropped(make, make_prompts, greedy):
     llm = make()
     seen = []
-    for request in llm._run(llm._intake.requests(make_prompts([10, 12, 14]), greedy(8))):
+    for request in llm._work.run(llm._intake.requests(make_prompts([10, 12, 14]), greedy(8))):
         seen.append(request)
         if len(seen) == 1:
             llm.abort(next(iter(llm.scheduler.waiting)))

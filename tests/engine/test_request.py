@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from sateen.engine.draft_stats import DraftStats
+from sateen.engine.drafts.stats import DraftStats
 from sateen.engine.request import CompletionOutput, Logprob, SamplingParams
 from sateen.errors import RequestError
 

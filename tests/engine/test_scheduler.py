@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from sateen.engine.cache import KVCache
+from sateen.engine.cache.kv_cache import KVCache
 from sateen.engine.request import SamplingParams
 from sateen.engine.scheduler import Scheduler
 from sateen.engine.state import Request

@@ -116,3 +116,13 @@ def test_heads_stay_and_a_line_says_that_transformers_drops_them(tmp_path, caplo
 def test_what_cannot_be_written_is_refused(raw, dialect, says):
     with pytest.raises(ConfigError, match=says):
         in_dialect(ModelConfig.from_hf(raw), dialect)
+
+
+@pytest.mark.parametrize(("changes", "named"), [({}, None), ({"rope_theta": 1000}, "misread rope_theta of")])
+def test_hub_words_that_transformers_would_misread_are_named(changes, named, tmp_path, caplog):
+    config = ModelConfig.from_hf(preset("mimo-v2-flash-tiny") | changes)
+    Decoder(config).init_weights(0).save(tmp_path / "model")
+    assert main(str(tmp_path / "model"), str(tmp_path / "hub"), dialect="hub") == 0
+    found = [text for text in caplog.messages if "transformers would misread" in text]
+    assert len(found) == (named is not None)
+    assert all(named in text for text in found)

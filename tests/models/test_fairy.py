@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import sateen
 from sateen.checkpoint.inspect import inspect, lines
 from sateen.checkpoint.load import parameter_entries
-from sateen.engine.cache import KVCache
+from sateen.engine.cache.kv_cache import KVCache
 from sateen.errors import CheckpointError, ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder, count_parameters
@@ -292,7 +292,7 @@ def test_the_engine_generates_greedy_tokens(settings):
 
 @pytest.mark.parametrize("settings", [{"kv_cache_dtype": "int8"}, {"attention": "int8"}])
 def test_int8_rows_and_int8_attention_stay_close(settings):
-    """Weights of deviation 0.1 and the bound that tests/engine/test_int8.py has for other families."""
+    """Weights of deviation 0.1 and the bound that tests/engine/cache/test_int8.py has for other families."""
     raw = TINY | {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.1}
     model = Decoder(ModelConfig.from_hf(raw)).init_weights(0).eval()
     tokens = torch.randint(61, (90,), generator=torch.Generator().manual_seed(4)).tolist()

@@ -10,7 +10,7 @@ import torch
 from sateen.checkpoint.hf import load_model
 from sateen.checkpoint.inspect import main
 from sateen.checkpoint.load import parameter_entries
-from sateen.engine.cache import KVCache
+from sateen.engine.cache.kv_cache import KVCache
 from sateen.errors import ConfigError
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder, count_parameters

@@ -1,7 +1,13 @@
-"""The attention oracle: float64, one query at a time, no torch, no code shared with any backend."""
+"""The attention oracle: float64, one query at a time, no torch, no code shared with any backend.
+
+Also what tests of compiled kernels share: code in a process at another instruction set.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,6 +17,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from sateen.ops import native as loader
+
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 class Truth(NamedTuple):
@@ -124,3 +134,46 @@ def packed(
 def make_packed() -> Callable[..., dict[str, Tensor]]:
     """`packed` of this file."""
     return packed
+
+
+def in_process(level: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own whose kernels run at an instruction set."""
+    environment = {**os.environ, "SATEEN_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def run_at_level() -> Callable[[str, str], subprocess.CompletedProcess[str]]:
+    """`in_process` of this file."""
+    return in_process
+
+
+@pytest.fixture(params=LEVELS)
+def other_level(request: pytest.FixtureRequest) -> str:
+    """Each instruction set of this machine but the one that this run is at."""
+    level: str = request.param
+    if loader.native().current_isa() == level:
+        pytest.skip("needs no process of its own: this run is at this level")
+    try:
+        loader.native().select_isa(level)
+    except ValueError:
+        pytest.skip(f"needs a processor with {level}")
+    finally:
+        loader.native().select_isa(os.environ.get("SATEEN_CPU_ISA", ""))
+    return level
+
+
+@pytest.fixture
+def passes_at(other_level: str) -> Callable[[str, str], None]:
+    """Runs the tests of a file that `-k` selects at `other_level`; all of them must run and pass."""
+
+    def run(file: str, selected: str) -> None:
+        tests = [file, "-q", "-p", "no:cacheprovider", "-k", selected]
+        ran = in_process(other_level, f"import sys, pytest; sys.exit(pytest.main({tests!r}))")
+        assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+        assert " passed" in ran.stdout
+        assert "skipped" not in ran.stdout
+
+    return run

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from itertools import accumulate, product
 
@@ -25,7 +23,6 @@ SHAPES = ((2, 2, 16, 40), (4, 2, 40, 24), (4, 1, 64, 64), (8, 1, 96, 80))
 GRID = list(product(LENGTHS, WINDOWS))
 # relative to the largest true value, or to 1 where that is smaller (some gradients are exactly zero)
 TOLERANCE = 1e-5
-LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 def dense(q, k, v, cu_q, cu_k, window, sink):
@@ -259,34 +256,14 @@ def test_the_extension_refuses_what_would_read_outside_its_arrays():
             run(cu_q, cu_k)
 
 
-def in_process(level, code):
-    environment = {**os.environ, "SATEEN_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+@needs_kernels
+def test_every_instruction_set_passes_the_grid(passes_at):
+    passes_at(__file__, "one_sequence or packed or half or large")
 
 
 @needs_kernels
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_instruction_set_passes_the_grid(level):
-    if loader.native().current_isa() == level:
-        pytest.skip("needs no process of its own: this run is at this level")
-    try:
-        loader.native().select_isa(level)
-    except ValueError:
-        pytest.skip(f"needs a processor with {level}")
-    finally:
-        loader.native().select_isa(os.environ.get("SATEEN_CPU_ISA", ""))
-    tests = f"[{__file__!r}, '-q', '-p', 'no:cacheprovider', '-k', 'one_sequence or packed or half or large']"
-    ran = in_process(level, f"import sys, pytest; sys.exit(pytest.main({tests}))")
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    assert " passed" in ran.stdout
-    assert "skipped" not in ran.stdout
-
-
-@needs_kernels
-def test_the_named_instruction_set_is_the_one_that_runs():
-    ran = in_process("generic", "from sateen.ops.native import native; print(native().current_isa())")
+def test_the_named_instruction_set_is_the_one_that_runs(run_at_level):
+    ran = run_at_level("generic", "from sateen.ops.native import native; print(native().current_isa())")
     assert ran.stdout.strip() == "generic", ran.stderr[-2000:]
 
 
@@ -294,7 +271,7 @@ def test_the_named_instruction_set_is_the_one_that_runs():
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("SATEEN_CPU_ISA", "avx1024")
     monkeypatch.setattr(loader, "_loaded", None)
-    with pytest.raises(ConfigError, match=f"SATEEN_CPU_ISA=avx1024: .*known: {', '.join(LEVELS)}"):
+    with pytest.raises(ConfigError, match=r"avx1024: .*known: generic, avx2, avx512, avx512_bf16"):
         loader.native_available()
     monkeypatch.setenv("SATEEN_CPU_ISA", "")
     assert loader.native_available() is None

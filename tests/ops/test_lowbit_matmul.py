@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +11,6 @@ from sateen import ops
 from sateen.errors import ShapeError
 from sateen.ops.lowbit_matmul import OP, thin_matmul
 
-LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 BACKENDS = list(OP.backends)
 PACK = {"int8": ops.pack_int8, "int4": ops.pack_int4}
 # Rows F and columns D: one, odd, a whole panel or group, one more, several of both.
@@ -326,23 +321,5 @@ def test_more_threads_give_the_same_output(threads):
 
 
 @needs_kernels
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_instruction_set_passes(level):
-    if loader.native().current_isa() == level:
-        pytest.skip("needs no process of its own: this run is at this level")
-    try:
-        loader.native().select_isa(level)
-    except ValueError:
-        pytest.skip(f"needs a processor with {level}")
-    finally:
-        loader.native().select_isa(os.environ.get("SATEEN_CPU_ISA", ""))
-    chosen = "equal or exact or halves or finite or batch or half"
-    tests = f"[{__file__!r}, '-q', '-p', 'no:cacheprovider', '-k', {chosen!r}]"
-    environment = {**os.environ, "SATEEN_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
-    code = f"import sys, pytest; sys.exit(pytest.main({tests}))"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    assert " passed" in ran.stdout
-    assert "skipped" not in ran.stdout
+def test_every_instruction_set_passes(passes_at):
+    passes_at(__file__, "equal or exact or halves or finite or batch or half")

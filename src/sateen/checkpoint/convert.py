@@ -14,7 +14,7 @@ from sateen.checkpoint.rewrite import rewrite
 from sateen.checkpoint.shards import resolve
 from sateen.errors import ConfigError, unknown_name
 from sateen.models.decoder import Decoder
-from sateen.models.mimo_v2_flash_dialects import in_dialect
+from sateen.models.mimo_v2_flash_dialects import in_dialect, misread_by_transformers
 from sateen.models.quant_config import METHODS, default_spec
 from sateen.models.quantize import linear_bytes, pack_model, quantize_model, unquantize_model
 
@@ -57,7 +57,7 @@ def main(
     if weights == "keep":
         stored = check(folder, mtp=mtp)
         rewrite(stored, Path(destination), dtype=DTYPES.get(dtype), dialect=dialect)
-        heads = stored.model.num_mtp_heads
+        config = stored.model.config if dialect is None else in_dialect(stored.model.config, dialect)
     else:
         loaded = load_model(folder, dtype=DTYPES.get(dtype), mtp=mtp)
         model = convert(loaded, weights=weights, stages=stages, activations=activations, skip=skip)
@@ -71,9 +71,16 @@ def main(
                 model.config.quant.method, found["layers"], found["weights"], found["bytes"], bits,
             )  # fmt: skip
         save(model, destination, carry_from=folder)
-        heads = model.num_mtp_heads
-    if dialect == "transformers" and heads:
-        log.warning("%s keeps its %d MTP heads; transformers drops them on load", destination, heads)
+        config = model.config
+    if dialect == "transformers" and config.num_mtp_heads:
+        log.warning(
+            "%s keeps its %d MTP heads; transformers drops them on load", destination, config.num_mtp_heads
+        )
+    if dialect == "hub" and (misread := misread_by_transformers(config)):
+        log.warning(
+            "%s: transformers would misread %s of its config; --dialect transformers writes one it reads",
+            destination, ", ".join(misread),
+        )  # fmt: skip
     print(destination)
     return 0
 

@@ -16,7 +16,7 @@ from sateen.checkpoint import fp8
 from sateen.checkpoint.gguf import gguf_bytes, is_gguf, load_gguf_tokenizer
 from sateen.checkpoint.gguf_config import rotated_heads
 from sateen.checkpoint.gguf_file import read_gguf
-from sateen.checkpoint.load import Stored, check
+from sateen.checkpoint.load import Stored
 from sateen.checkpoint.shards import FLOATS
 from sateen.errors import CheckpointError, ConfigError
 
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 SLOW = ("vocab.json", "tokenizer.model")
 
 
-def file_notes(folder: Path) -> list[str]:
+def file_notes(stored: Stored) -> list[str]:
     """The lines that apply to a model directory or GGUF file."""
-    stored = check(folder)
-    around = _gguf if is_gguf(folder) else _texts
-    return [*around(folder, stored), *_tensors(stored)]
+    around = _gguf if is_gguf(stored.folder) else _texts
+    return [*around(stored.folder, stored), *_tensors(stored)]
 
 
 def _gguf(file: Path, stored: Stored) -> Iterator[str]:

@@ -61,7 +61,7 @@ def load_model(
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is not accepted; accepted: {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
-    if str(path_or_preset) in PRESETS and not Path(path_or_preset).exists():
+    if is_preset(path_or_preset):
         if mtp is not None:
             raise ConfigError(f"mtp adds heads to a stored model; the preset {path_or_preset} has fresh ones")
         return _from_preset(str(path_or_preset), dtype or torch.float32, torch.device(device or "cpu"))
@@ -69,6 +69,11 @@ def load_model(
     model = load(folder, dtype=dtype, device=device, mtp=mtp, may_map=may_map)
     model.source = folder
     return model.eval()
+
+
+def is_preset(path_or_preset: str | Path) -> bool:
+    """Whether `load_model` would take this for a preset: a name of one, with nothing stored under it."""
+    return str(path_or_preset) in PRESETS and not Path(path_or_preset).exists()
 
 
 def _from_preset(name: str, dtype: torch.dtype, device: torch.device) -> Decoder:

@@ -14,9 +14,9 @@ from typing import Any
 
 from sateen.checkpoint.file_notes import file_notes
 from sateen.checkpoint.gguf import gguf_bytes, is_gguf
-from sateen.checkpoint.hf import load_model
-from sateen.checkpoint.load import parameter_entries
-from sateen.checkpoint.shards import DTYPES, Files, by_file, shards
+from sateen.checkpoint.hf import is_preset, load_model
+from sateen.checkpoint.load import check, parameter_entries
+from sateen.checkpoint.shards import DTYPES, Files, by_file, resolve, shards
 from sateen.models.decoder import Decoder
 from sateen.models.inspect import describe
 from sateen.models.quant_config import write_quant
@@ -44,15 +44,18 @@ def inspect(model: str | Path, *, context: Sequence[int] = (), kv_dtype: str = "
     What the files of a directory add stands first among the `traps`. `quant` is None, or the method, its
     settings and what its linear layers hold: `layers`, `weights` (real parameters) and `bytes` as stored.
     """
-    built = load_model(model, device="meta")
-    if built.source is None:
+    stored = None if is_preset(model) else check(resolve(model))
+    if stored is None:
+        built = load_model(model, device="meta")
         tensors = {id(tensor): tensor for tensor in built.state_dict(keep_vars=True).values()}
         weights = {"F32": sum(tensor.numel() for tensor in tensors.values()) * DTYPES["F32"].itemsize}
     else:
-        weights = stored_bytes(built.source)
+        built = stored.model.eval()
+        built.source = stored.folder
+        weights = stored_bytes(stored.folder)
     found = describe(built, contexts=context, kv_dtype=kv_dtype)
-    if built.source is not None:
-        found["traps"] = file_notes(built.source) + found["traps"]
+    if stored is not None:
+        found["traps"] = file_notes(stored) + found["traps"]
     return {"model": str(model)} | found | {"weight_bytes": weights, "quant": _quant(built)}
 
 

@@ -15,9 +15,9 @@ from sateen.data.tokenizer import Tokenizer, check_vocab
 from sateen.engine.contract import Prompt
 from sateen.engine.detokenizer import Detokenizer
 from sateen.engine.request import SamplingParams
-from sateen.engine.shaping import Shaper
+from sateen.engine.sampling.shaping import Shaper
+from sateen.engine.sampling.structured import Grammars
 from sateen.engine.state import Request
-from sateen.engine.structured import Grammars
 from sateen.errors import RequestError
 from sateen.models.decoder import Decoder
 
@@ -34,6 +34,7 @@ class Intake:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._vocab_size = model.config.vocab_size
+        self._context = model.config.max_position_embeddings
         self._end_ids = _end_ids(model, tokenizer)
         self._grammars = Grammars(tokenizer, self._end_ids)
         self._seeds = torch.Generator().manual_seed(seed)
@@ -138,6 +139,18 @@ class Intake:
                 raise RequestError(f"a prompt is a text or a list of token ids; got {prompt!r:.80}") from None
         self.check_ids(ids)
         return ids
+
+    def check_sequence(self, ids: Sequence[int]) -> None:
+        """Nothing, when these can be scored.
+
+        Raises:
+            RequestError: as for `check_ids`; more tokens than the model's context.
+        """
+        self.check_ids(ids)
+        if len(ids) > self._context:
+            raise RequestError(
+                f"a sequence of {len(ids)} tokens is beyond the model's context of {self._context}"
+            )
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Nothing, when these are some token ids of the vocabulary.

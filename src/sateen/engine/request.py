@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from sateen.engine.draft_stats import DraftStats
-from sateen.engine.values import bias, integer, listed, number, schema
+from sateen.engine.drafts.stats import DraftStats
+from sateen.engine.sampling.values import bias, integer, listed, number, schema
 from sateen.errors import RequestError, unknown_name
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM: logits would overflow float32
@@ -216,3 +216,17 @@ class RequestOutput:
     router_ids: dict[int, list[list[int]]] | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """News of one completion: its prompt's place in the call, new text and tokens, whether it is complete.
+
+    `completion` is its place among the prompt's, as in `CompletionOutput.index`.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finished: bool
+    completion: int = 0

@@ -8,19 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sateen.engine.cache import KVCache
-from sateen.engine.logprobs import completion_logprobs, score_prompt
-from sateen.engine.native_step import MAX_TOKENS, native_step
-from sateen.engine.sampler import mask_padding
+from sateen.engine.cache.kv_cache import KVCache
+from sateen.engine.drafts.drafter import Drafter, DraftJob
+from sateen.engine.native.step import MAX_TOKENS, native_step
+from sateen.engine.sampling.logprobs import completion_logprobs, score_prompt
+from sateen.engine.sampling.sampler import mask_padding
+from sateen.engine.sampling.shaping import shape
+from sateen.engine.sampling.verification import verify
 from sateen.engine.scheduler import Chunk
-from sateen.engine.shaping import shape
-from sateen.engine.speculative import Drafter, DraftJob
 from sateen.engine.state import Request
-from sateen.engine.verification import verify
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import LayerLinks, Sequences
-
-SCORE_NUMBERS = 1 << 24  # logits held at once while scoring
 
 
 class Runner:
@@ -133,22 +131,3 @@ class Runner:
         if self.native is not None and len(hidden) <= MAX_TOKENS:
             return self.native.logits(hidden)
         return self.model.logits(self.model.head_input(hidden))
-
-    @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The raw log-probabilities of all tokens but the first of each sequence, in one forward."""
-        device = self.model.device
-        ids = torch.tensor([token for sequence in sequences for token in sequence], device=device)
-        lengths = [len(sequence) for sequence in sequences]
-        seq = Sequences.of_lengths(lengths, device)
-        normed = self.model.head_input(self.model.trunk(ids, seq))
-        labels = ids.roll(-1)
-        chunk = max(1, SCORE_NUMBERS // self.model.config.vocab_size)
-        parts = []
-        for start in range(0, len(ids), chunk):
-            logits = self.model.logits(normed[start : start + chunk]).float()
-            y = labels[start : start + chunk]
-            parts.append(logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1))
-        flat = torch.cat(parts).tolist()
-        ends = torch.tensor(lengths).cumsum(0).tolist()
-        return [flat[end - length : end - 1] for end, length in zip(ends, lengths, strict=True)]

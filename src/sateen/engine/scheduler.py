@@ -18,8 +18,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sateen.engine.cache import PAGE, CacheEntry, KVCache
-from sateen.engine.prefix import Hit, PrefixCache
+from sateen.engine.cache.kv_cache import PAGE, CacheEntry, KVCache
+from sateen.engine.cache.prefix import Hit, PrefixCache
 from sateen.engine.state import Request
 
 MANY = 1 << 30

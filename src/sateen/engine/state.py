@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sateen.engine.cache import CacheEntry
+from sateen.engine.cache.kv_cache import CacheEntry
 from sateen.engine.detokenizer import Detokenizer
-from sateen.engine.draft_stats import DraftStats
-from sateen.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
-from sateen.engine.shaping import Shaper
+from sateen.engine.drafts.stats import DraftStats
+from sateen.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, StreamChunk
+from sateen.engine.sampling.shaping import Shaper
 
 
 @dataclass(eq=False)
@@ -151,6 +151,20 @@ class Request:
         missing = len(self.tokens) - len(known_TLA)
         routes_TLA = torch.cat([known_TLA, known_TLA.new_full((missing, *known_TLA.shape[1:]), -1)])
         return {layer: routes_TLA[:, i].tolist() for i, layer in enumerate(self.routed_layers)}
+
+    def news(self, index: int = 0) -> StreamChunk:
+        """What it got since this was last asked; text that a stop string may take back is held.
+
+        Args:
+            index: its prompt's place in the call, for the chunk.
+        """
+        tokens = self.tokens[self.num_prompt + self.stream_tokens :]
+        self.stream_tokens += len(tokens)
+        text = ""
+        if self.detokenizer:
+            end = self.detokenizer.sendable()
+            text, self.stream_text = self.detokenizer.text[self.stream_text : end], end
+        return StreamChunk(index, text, tokens, self.finish_reason is not None, self.index)
 
     def completion(self) -> CompletionOutput:
         """What the user sees of this completion now."""

@@ -47,6 +47,27 @@ def serving_model(model: Decoder, weights: str, *, is_ours: bool) -> Decoder:
     return pack_model(model)
 
 
+def load_serving(
+    model: Decoder | str | Path, weights: str, *, dtype: str | None, device: str | None
+) -> tuple[Decoder, Decoder | None]:
+    """The serving model, and the one it was made from where that is the caller's.
+
+    Args:
+        model: a decoder, or what `load_model` takes.
+        weights: one of `FORMS`.
+        dtype, device: for loading; None for a decoder.
+
+    Raises:
+        ConfigError: a decoder with a dtype or device; see also `serving_model`.
+    """
+    if not isinstance(model, Decoder):
+        loaded = load_model(model, dtype=dtype, device=device, may_map=False)
+        return serving_model(loaded, weights, is_ours=True), None
+    if dtype is not None or device is not None:
+        raise ConfigError("dtype and device are for loading; this model is loaded, so convert it before")
+    return serving_model(model, weights, is_ours=False), model
+
+
 def new_tensors(
     model: Decoder, weights: str, trained: Decoder | None, source: Mapping[str, Tensor] | str | Path | None
 ) -> Mapping[str, Tensor] | str | Path | None:
@@ -67,3 +88,20 @@ def new_tensors(
     elif source is None and trained is not None:
         source = trained.state_dict()
     return None if source is None else packed_tensors(model, source)
+
+
+class WeightWatch:
+    """Notices changes of a model's tensors in place: a trainer may own the very same ones."""
+
+    def __init__(self, model: Decoder):
+        # Tensors made in inference mode have no version, and no trainer.
+        self._tensors = [w for w in (*model.parameters(), *model.buffers()) if not w.is_inference()]
+        self._seen = self._state()
+
+    def _state(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors]  # moves with every change that torch makes
+
+    def has_changed(self) -> bool:
+        """Whether some tensor changed since this was last asked."""
+        before, self._seen = self._seen, self._state()
+        return self._seen != before

@@ -51,7 +51,9 @@ def main(
             is not installed.
     """
     if lm_eval:
-        return _harness(model, lm_eval, limit, num_fewshot, include_path, json)
+        return _harness(
+            model, lm_eval, json=json, limit=limit, num_fewshot=num_fewshot, include_path=include_path
+        )
     if (limit, num_fewshot, include_path) != (None, None, None):
         raise ConfigError("--limit, --num-fewshot and --include-path go with --lm-eval")
     if audio_faces.AUDIO in tasks:
@@ -81,21 +83,17 @@ def main(
     return 0
 
 
-def _harness(
-    model: str,
-    tasks: Sequence[str],
-    limit: int | None,
-    num_fewshot: int | None,
-    include_path: str | None,
-    json: bool,
-) -> int:
+def _harness(model: str, tasks: Sequence[str], *, json: bool, **settings: Any) -> int:
+    """Prints the harness's table, or its results as JSON, and returns the exit code."""
     try:
-        from sateen.eval import lm_eval
+        from lm_eval.utils import make_table
+
+        from sateen.eval.lm_eval import evaluate
     except ModuleNotFoundError as error:
         raise ConfigError(f"--lm-eval needs the harness ({error}); pip install 'sateen[lm-eval]'") from None
-    return lm_eval.main(
-        model, tasks, limit=limit, num_fewshot=num_fewshot, include_path=include_path, json=json
-    )
+    results = evaluate(model, tasks, max_num_seqs=16, **settings)
+    print(codec.dumps(results["results"], indent=2, default=str) if json else make_table(results))
+    return 0
 
 
 def make_task(cls: type[Task], tokenizer: Tokenizer, distance: int) -> Task:

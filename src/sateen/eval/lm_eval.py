@@ -7,7 +7,6 @@ tests/engine/server/test_harness.py checks. Importing this module needs `pip ins
 
 from __future__ import annotations
 
-import json as codec
 import logging
 import sys
 from collections.abc import Sequence
@@ -216,28 +215,6 @@ def evaluate(
     )
     assert results is not None
     return dict(results)
-
-
-def main(
-    model: str,
-    tasks: Sequence[str],
-    *,
-    limit: int | None,
-    num_fewshot: int | None,
-    include_path: str | None,
-    json: bool,
-) -> int:
-    """Prints the harness's table, or its results as JSON, and returns the exit code."""
-    from lm_eval.utils import make_table
-
-    results = evaluate(
-        model, tasks, limit=limit, num_fewshot=num_fewshot, include_path=include_path, max_num_seqs=16
-    )
-    if json:
-        print(codec.dumps(results["results"], indent=2, default=str))
-    else:
-        print(make_table(results))
-    return 0
 
 
 if __name__ == "__main__":

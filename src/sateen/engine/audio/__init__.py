@@ -1,0 +1,1 @@
+"""Sound to codes and back, and the engine of audio language models: `sateen audio`."""

@@ -1,0 +1,255 @@
+"""One forward's view of the caches: which rows are written and read, computed once per kind of layout.
+
+Every layer of the forward shares the index tensors. Shape letters: T new tokens, S visible rows, B sequences,
+K key/value heads, H and V head sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sateen import ops
+from sateen.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from sateen.engine.cache.kv_cache import CacheEntry, KVCache, Pool
+
+Rows = NDArray[np.int64]  # row numbers of a pool
+
+
+class RowIndex(NamedTuple):
+    """Which rows one kind of layout writes and reads in a forward.
+
+    Attributes:
+        write: pool rows for the new tokens.
+        read: pool rows that are visible, or a range when they are consecutive.
+        cu_seqlens_k: int32 [B + 1].
+        order: None when new rows are written before reading; otherwise the old rows in `read` and the new
+            ones are joined and put in this order, because the new ones do not all fit the ring.
+        keep: with `order`, the new tokens that are written.
+    """
+
+    write: Tensor
+    read: Tensor | slice
+    cu_seqlens_k: Tensor
+    order: Tensor | None = None
+    keep: Tensor | None = None
+
+
+class Owners(NamedTuple):
+    """Whose the new rows are, for int8 rows; the same in every layer.
+
+    Attributes:
+        slots: of each sequence.
+        sequence_of: sequence number of each new row.
+        fresh: for sequences that begin, their slot and the span of new rows that fixes their key mean.
+    """
+
+    slots: Tensor
+    sequence_of: Tensor
+    fresh: list[tuple[int, int, int]]
+
+
+class ForwardCache:
+    """One forward's view of a `KVCache`; implements `models.decoder.Cache`."""
+
+    def __init__(self, cache: KVCache, entries: Sequence[CacheEntry], starts: list[int], counts: list[int]):
+        self.cache = cache
+        self.entries, self.starts, self.counts = entries, starts, counts
+        self._index: dict[tuple[int, int], RowIndex] = {}
+        self._published: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
+        self._wanted = set(cache.sources.values())
+
+    def layer(self, index: int) -> LayerView:
+        return LayerView(self, index)
+
+    def extend(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.cache.attention != "auto":
+            raise BackendUnavailable(
+                f"attention {self.cache.attention!r} cannot serve layer {index}, which reads its rows "
+                "as floats; use attention='auto'"
+            )
+        return self._floats(index, name, k_TKH, v_TKV)
+
+    def attend(
+        self, index: int, name: str, q_TNH: Tensor, k_TKH: Tensor, v_TKV: Tensor, **options: Any
+    ) -> Tensor:
+        """See `LayerCache.attend`; options are the operators' own."""
+        pool = self.cache.pools[index, name]
+        out: Any
+        if self.cache.attention == "int8" and pool.scales is not None and index not in self._wanted:
+            rows = self._rows(pool)
+            codes = self._codes(pool, rows, k_TKH, v_TKV)
+            out = ops.int8_rows_attention(q_TNH, codes, cu_seqlens_k=rows.cu_seqlens_k, **options)
+        else:
+            k, v, cu_seqlens_k = self._floats(index, name, k_TKH, v_TKV)
+            attention = ops.int8_attention if self.cache.attention == "int8" else ops.attention
+            out = attention(q_TNH, k, v, cu_seqlens_k=cu_seqlens_k, **options)
+        return cast(Tensor, out)
+
+    def _floats(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Appends the new rows and returns the visible ones in the dtype of the new ones."""
+        pool = self.cache.pools[index, name]
+        rows = self._rows(pool)
+        if pool.scales is not None:
+            k, v = self._codes(pool, rows, k_TKH, v_TKV).floats(rows.cu_seqlens_k, k_TKH.dtype)
+        else:
+            k, v = _extend(pool.k_RKH, k_TKH, rows), _extend(pool.v_RKV, v_TKV, rows)
+        if index in self._wanted:
+            self._published[index, name] = k, v, rows.cu_seqlens_k
+        return k, v, rows.cu_seqlens_k
+
+    def _codes(self, pool: Pool, rows: RowIndex, k_TKH: Tensor, v_TKV: Tensor) -> ops.Int8Rows:
+        """Quantises and appends the new rows; returns the visible ones.
+
+        The chunk that writes a sequence's first row fixes the mean that its keys are stored without.
+        """
+        scales, owners = pool.scales, self._owners
+        assert scales is not None
+        for slot, first, last in owners.fresh:
+            scales.k_mean_LKH[slot] = k_TKH[first:last].float().mean(0)
+        mean_BKH = scales.k_mean_LKH.index_select(0, owners.slots)
+        centred = k_TKH.float() - mean_BKH.index_select(0, owners.sequence_of)
+        (k8, k_scale), (v8, v_scale) = ops.quantize_int8(centred), ops.quantize_int8(v_TKV)
+        return ops.Int8Rows(
+            _extend(pool.k_RKH, k8, rows),
+            _extend(scales.k_scale_RK, k_scale.squeeze(-1), rows),
+            _extend(pool.v_RKV, v8, rows),
+            _extend(scales.v_scale_RK, v_scale.squeeze(-1), rows),
+            mean_BKH,
+        )
+
+    @cached_property
+    def _owners(self) -> Owners:
+        counts = np.asarray(self.counts, dtype=np.int64)
+        ends = np.cumsum(counts)
+        fresh = [
+            (entry.slot, first := end - count, first + min(count, entry.mean_rows))
+            for entry, start, count, end in zip(
+                self.entries, self.starts, self.counts, ends.tolist(), strict=True
+            )
+            if start == 0
+        ]
+        slots = np.asarray([entry.slot for entry in self.entries], dtype=np.int64)
+        return Owners(self._tensor(slots), self._tensor(np.repeat(np.arange(len(counts)), counts)), fresh)
+
+    def read(self, index: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self._published[self.cache.sources[index, name], name]
+
+    def _rows(self, pool: Pool) -> RowIndex:
+        key = (pool.layout.window or 0, pool.ring_rows) if pool.ring_rows else (0, 0)
+        found = self._index.get(key)
+        if found is None:
+            found = self._index[key] = self._ring_index(*key) if pool.ring_rows else self._page_index()
+        return found
+
+    def _page_index(self) -> RowIndex:
+        spans = list(zip(self.entries, self.starts, self.counts, strict=True))
+        write = np.concatenate([e.rows[start : start + n] for e, start, n in spans])
+        read = np.concatenate([e.rows[: start + n] for e, start, n in spans])
+        assert len(write) == sum(self.counts), "rows were not reserved"
+        return RowIndex(self._tensor(write), self._compact(read), self._offsets([s + n for _, s, n in spans]))
+
+    def _ring_index(self, window: int, ring: int) -> RowIndex:
+        starts, counts = np.asarray(self.starts), np.asarray(self.counts)
+        bases = np.asarray([entry.slot * ring for entry in self.entries])
+        olds = np.minimum(starts, window - 1)
+        offsets = self._offsets((olds + counts).tolist())
+        if counts.max() <= ring - window + 1:
+            write = ring_rows(bases, starts, counts, ring)
+            read = ring_rows(bases, starts - olds, olds + counts, ring)
+            return RowIndex(self._tensor(write), self._tensor(read), offsets)
+        kept = np.minimum(counts, ring)
+        write = ring_rows(bases, starts + counts - kept, kept, ring)
+        read = ring_rows(bases, starts - olds, olds, ring)
+        keep_parts, order_parts = [], []
+        old_at, new_at = 0, len(read)
+        for n, old, last in zip(counts.tolist(), olds.tolist(), kept.tolist(), strict=True):
+            keep_parts.append(np.arange(n - last, n) + (new_at - len(read)))
+            order_parts += [np.arange(old_at, old_at + old), np.arange(new_at, new_at + n)]
+            old_at, new_at = old_at + old, new_at + n
+        keep, order = np.concatenate(keep_parts), np.concatenate(order_parts)
+        return RowIndex(
+            self._tensor(write), self._tensor(read), offsets, self._tensor(order), self._tensor(keep)
+        )
+
+    def _tensor(self, rows: Rows) -> Tensor:
+        return torch.from_numpy(rows).to(self.cache.device)
+
+    def _compact(self, rows: Rows) -> Tensor | slice:
+        """A range instead of an index where the rows are consecutive: reading is then free."""
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
+            return slice(first, last + 1)
+        return self._tensor(rows)
+
+    def _offsets(self, lengths: list[int]) -> Tensor:
+        return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(self.cache.device)
+
+
+class LayerView:
+    """One layer of a `ForwardCache`; implements `nn.attention.LayerCache`."""
+
+    __slots__ = ("_forward", "_index")
+
+    def __init__(self, forward: ForwardCache, index: int):
+        self._forward, self._index = forward, index
+
+    def extend(self, k_TKH: Tensor, v_TKV: Tensor, name: str = "kv") -> tuple[Tensor, Tensor, Tensor]:
+        return self._forward.extend(self._index, name, k_TKH, v_TKV)
+
+    def read(self, name: str = "kv") -> tuple[Tensor, Tensor, Tensor]:
+        return self._forward.read(self._index, name)
+
+    def attend(
+        self,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKV: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        sink_N: Tensor | None = None,
+        name: str = "kv",
+    ) -> Tensor:
+        return self._forward.attend(
+            self._index,
+            name,
+            q_TNH,
+            k_TKH,
+            v_TKV,
+            cu_seqlens_q=cu_seqlens_q,
+            scale=scale,
+            window=window,
+            sink_N=sink_N,
+        )
+
+
+def ring_rows(bases: Rows, firsts: Rows, counts: Rows, ring: int) -> Rows:
+    """Pool rows of `counts[i]` positions from `firsts[i]` on in the ring that begins at `bases[i]`."""
+    ends = np.cumsum(counts)
+    within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+    rows: Rows = np.repeat(bases, counts) + (np.repeat(firsts, counts) + within) % ring
+    return rows
+
+
+def _extend(pool: Tensor, new: Tensor, rows: RowIndex) -> Tensor:
+    """Writes the new rows and returns the visible ones in the dtype of `new`, rounded as the pool rounds."""
+    stored = new.to(pool.dtype)
+    if rows.order is None:
+        pool.index_copy_(0, rows.write, stored)
+        seen = pool[rows.read] if isinstance(rows.read, slice) else pool.index_select(0, rows.read)
+        return seen.to(new.dtype)
+    assert isinstance(rows.read, Tensor)
+    assert rows.keep is not None
+    seen = torch.cat([pool.index_select(0, rows.read), stored]).index_select(0, rows.order)
+    pool.index_copy_(0, rows.write, stored.index_select(0, rows.keep))
+    return seen.to(new.dtype)
