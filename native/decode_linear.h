@@ -10,7 +10,7 @@
 namespace sateen::SATEEN_ISA {
 namespace {
 
-constexpr long kUnitBytes = 1 << 17;  // of weights that a thread takes at a time
+constexpr long kLeastBytes = 1 << 15;  // of weights that a thread takes at a time
 
 // silu(gate) * up, in the place of `gate`.
 void swiglu(float* gate, const float* up, long count) {
@@ -31,24 +31,58 @@ struct Product {
     float* y;
 };
 
-long unit_rows(const Linear& linear) {
-    const long row = linear_bytes(linear.format, kLinearRows, linear.columns).weight / kLinearRows;
-    const long rows = kUnitBytes / (row ? row : 1) / kLinearRows * kLinearRows;
-    return rows < kLinearRows ? kLinearRows : rows;
+long num_panels(const Linear& linear) { return divide_up(linear.rows, kLinearRows); }
+
+// Panels of rows in shares that shrink towards the end, so that threads finish together although a share is long enough
+// for the processor to see the stream it reads. All threads cut alike.
+struct Shares {
+    long total, least, threads;
+
+    Shares(const Linear& like, long panels, int num_threads) : total(panels), threads(num_threads) {
+        const long bytes = linear_bytes(like.format, kLinearRows, like.columns).weight;
+        least = bytes < kLeastBytes ? kLeastBytes / (bytes ? bytes : 1) : 1;
+    }
+
+    long size(long left) const {
+        const long even = left / (2 * threads), share = even > least ? even : least;
+        return share < left ? share : left;
+    }
+
+    long count() const {
+        long found = 0;
+        for (long left = total; left > 0; left -= size(left)) ++found;
+        return found;
+    }
+
+    RowRange panels(long share) const {
+        long left = total;
+        for (long i = 0; i < share; ++i) left -= size(left);
+        return {total - left, total - left + size(left)};
+    }
+};
+
+// The rows of some panels of a product.
+RowRange rows_of(const Linear& linear, RowRange panels) {
+    const long last = panels.last * kLinearRows;
+    return {panels.first * kLinearRows, last < linear.rows ? last : linear.rows};
 }
 
 // The products of one prepared input, their rows shared out together.
 template <long COUNT>
 void multiply_all(Team& team, const void* prepared, long M, const Product (&products)[COUNT]) {
-    long ends[COUNT], total = 0;
-    for (long i = 0; i < COUNT; ++i) ends[i] = total += divide_up(products[i].linear->rows, unit_rows(*products[i].linear));
-    team.share(total, [&](long unit) {
-        long i = 0;
-        while (unit >= ends[i]) ++i;
-        const Linear& linear = *products[i].linear;
-        const long rows = unit_rows(linear), first = (unit - (i ? ends[i - 1] : 0)) * rows;
-        const long last = first + rows < linear.rows ? first + rows : linear.rows;
-        linear_multiply(linear, prepared, M, first, last, products[i].y, linear.rows);
+    long total = 0;
+    for (const Product& product : products) total += num_panels(*product.linear);
+    const Shares shares(*products[0].linear, total, team.size);
+    team.share(shares.count(), [&](long share) {
+        RowRange left = shares.panels(share);
+        for (const Product& product : products) {
+            const long panels = num_panels(*product.linear);
+            if (left.first < panels && left.last > 0) {
+                const RowRange rows = rows_of(*product.linear, {left.first > 0 ? left.first : 0, left.last < panels ? left.last : panels});
+                linear_multiply(*product.linear, prepared, M, rows.first, rows.last, product.y, product.linear->rows);
+            }
+            left = {left.first - panels, left.last - panels};
+        }
     });
 }
 

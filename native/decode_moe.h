@@ -69,12 +69,14 @@ const void* prepared_slot(const DecodeStep& p, const Linear& linear, long slot) 
 
 // work(expert, first slot, slots, first row, last row) for the rows of every active expert, shared out.
 template <typename Work>
-void share_experts(const DecodeStep& p, const DecodeLayer& l, Team& team, long rows_total, long rows, Work work) {
+void share_experts(const DecodeStep& p, const DecodeLayer& l, Team& team, const Linear& linear, Work work) {
     const Groups groups(p, l.experts);
-    const long units = divide_up(rows_total, rows);
+    const Shares shares(linear, num_panels(linear), team.size);
+    const long units = shares.count();
     team.share(*groups.count * units, [&](long unit) {
-        const long group = unit / units, first = unit % units * rows, slot = groups.first[group];
-        work(groups.expert[group], slot, groups.first[group + 1] - slot, first, first + rows < rows_total ? first + rows : rows_total);
+        const long group = unit / units, slot = groups.first[group];
+        const auto [first, last] = rows_of(linear, shares.panels(unit % units));
+        work(groups.expert[group], slot, groups.first[group + 1] - slot, first, last);
     });
 }
 
@@ -88,14 +90,14 @@ void mixture(const DecodeStep& p, const DecodeLayer& l, Team& team) {
     team.share(slots, [&](long slot) {
         linear_prepare(l.gate.format, p.normed + p.slots[slots + slot] * p.D, 0, p.D, slot, slot + 1, p.prepared);
     });
-    share_experts(p, l, team, l.F, unit_rows(l.gate), [&](long expert, long slot, long count, long first, long last) {
+    share_experts(p, l, team, l.gate, [&](long expert, long slot, long count, long first, long last) {
         const void* const prepared = prepared_slot(p, l.gate, slot);
         linear_multiply(of_expert(l.gate, expert), prepared, count, first, last, p.gate + slot * l.F, l.F);
         linear_multiply(of_expert(l.up, expert), prepared, count, first, last, p.up + slot * l.F, l.F);
         for (long i = slot; i < slot + count; ++i) swiglu(p.gate + i * l.F + first, p.up + i * l.F + first, last - first);
     });
     team.share(slots, [&](long slot) { prepare(l.down, p.gate, slot, p.prepared); });
-    share_experts(p, l, team, p.D, unit_rows(l.down), [&](long expert, long slot, long count, long first, long last) {
+    share_experts(p, l, team, l.down, [&](long expert, long slot, long count, long first, long last) {
         const void* const prepared = prepared_slot(p, l.down, slot);
         linear_multiply(of_expert(l.down, expert), prepared, count, first, last, p.expert_y + slot * p.D, p.D);
     });

@@ -70,9 +70,9 @@ void attention(const DecodeStep& p, const DecodeLayer& l, Team& team) {
 }
 
 void feed_forward(const DecodeStep& p, const DecodeLayer& l, Team& team) {
-    const long rows = unit_rows(l.gate);
-    team.share(divide_up(l.F, rows), [&](long unit) {
-        const long first = unit * rows, last = first + rows < l.F ? first + rows : l.F;
+    const Shares shares(l.gate, num_panels(l.gate), team.size);
+    team.share(shares.count(), [&](long share) {
+        const auto [first, last] = rows_of(l.gate, shares.panels(share));
         linear_multiply(l.gate, p.prepared, p.T, first, last, p.gate, l.F);
         linear_multiply(l.up, p.prepared, p.T, first, last, p.up, l.F);
         for (long t = 0; t < p.T; ++t) swiglu(p.gate + t * l.F + first, p.up + t * l.F + first, last - first);
