@@ -25,9 +25,9 @@ from sateen.nn.attention import LayerLinks
 
 log = logging.getLogger("sateen.engine")
 
-# Most tokens of a step that runs natively. Weights are read once per step whatever it holds, and up to here
-# that costs more than the arithmetic; beyond, torch's blocked products win.
-MAX_TOKENS = 64
+# Most tokens of a step that runs natively. Its products are as fast as torch's whatever their size and little
+# happens between them; beyond, its attention, which takes few queries at a time, costs more than that saves.
+MAX_TOKENS = 128
 MODES = ("auto", "native", "torch")
 
 

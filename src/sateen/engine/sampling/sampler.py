@@ -105,6 +105,13 @@ def draw(probs_MV: Tensor, uniforms_M: Tensor) -> Tensor:
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)
 
 
+def best(logits_MV: Tensor) -> Tensor:
+    """The first of the largest logits of each row, int64 [..., M]; numpy finds it several times faster."""
+    if logits_MV.device.type == "cpu" and logits_MV.dtype == torch.float32:
+        return torch.from_numpy(logits_MV.numpy().argmax(-1))
+    return logits_MV.argmax(-1)
+
+
 def uniforms(requests: Sequence[Request], count: int, device: torch.device) -> Tensor:
     """The next `count` random numbers of each request [requests, count], float64."""
     rows = [torch.rand(count, generator=request.generator, dtype=torch.float64) for request in requests]
@@ -119,13 +126,13 @@ def choose(logits_MV: Tensor, requests: Sequence[Request]) -> tuple[Tensor, Tens
     """
     sampled = [i for i, request in enumerate(requests) if not request.params.is_greedy]
     if not sampled:
-        return logits_MV.argmax(-1), None, sampled  # the first of equal maxima
+        return best(logits_MV), None, sampled
     theirs = [requests[i] for i in sampled]
     rows = logits_MV if len(sampled) == len(requests) else logits_MV[sampled]
     probs = distribution(rows, [request.params for request in theirs])
     drawn = draw(probs, uniforms(theirs, 1, probs.device)[:, 0])
     if len(sampled) == len(requests):
         return drawn, probs, sampled
-    tokens = logits_MV.argmax(-1)
+    tokens = best(logits_MV)
     tokens[sampled] = drawn
     return tokens, probs, sampled

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sateen.engine.sampling.sampler import choose, distribution, draw, uniforms
+from sateen.engine.sampling.sampler import best, choose, distribution, draw, uniforms
 from sateen.engine.state import Request
 
 
@@ -50,7 +50,7 @@ def accept(
 
 def accept_greedy(logits_BJV: Tensor, drafts_BJ: Tensor, num_drafts_B: Tensor) -> tuple[Tensor, Tensor]:
     """Accepted drafts [B], as long as they are the target's largest logits, and the token [B] after them."""
-    best_BJ = logits_BJV.argmax(-1)
+    best_BJ = best(logits_BJV)
     J = drafts_BJ.shape[1]
     is_kept = (best_BJ[:, :J] == drafts_BJ) & (
         torch.arange(J, device=drafts_BJ.device) < num_drafts_B[:, None]
