@@ -36,9 +36,7 @@ inline float few_scores(const AttentionShape& p, const Tile& tile, long row, con
         store(scores + s - begin, x);
         top = maximum(x, top);
     }
-    float largest = -kInf;
-    for (int i = 0; i < W; ++i) largest = top[i] > largest ? top[i] : largest;
-    return largest;
+    return max_lanes(top);
 }
 
 // Folds keys [begin, end), at most kFewRowsKeys, into what the online softmax of some rows carries: `top` and `sum` [rows],

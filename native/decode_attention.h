@@ -7,6 +7,7 @@
 
 #include "attention_decode.h"
 #include "decode.h"
+#include "decode_attention_bf16.h"
 #include "numbers.h"
 
 namespace sateen::SATEEN_ISA {
@@ -73,11 +74,73 @@ inline void prefetch(const void* from, long bytes, long part, long parts) {
 
 thread_local Scratch attention_scratch;
 
-void attend_span(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
+// The keys of a run and the rows of queries that meet them, in floats.
+struct FloatRows {
+    const DecodeStep& p;
+    const DecodeLayer& l;
+    const SpanTask& task;
+    long H = padded(l.H), V = padded(l.V);
+    float* keys = attention_scratch.take(kBlock * l.K * (H + V) + kSpanRows * kFewRowsKeys);
+    float *values = keys + kBlock * l.K * H, *scores = values + kBlock * l.K * V;
+    const float *k = nullptr, *v = nullptr;
+
+    void take(const Run& run, long count) { k = run.floats(run.k, l, l.H, count, keys), v = run.floats(run.v, l, l.V, count, values); }
+
+    void fold(long head, const Tile& tile, long begin, long end, const SpanState& state) {
+        AttentionShape shape{};
+        shape.H = H, shape.V = V, shape.k = {k + head * H, l.K * H, 0}, shape.v = {v + head * V, l.K * V, 0};
+        const long group = l.N / l.K, q0 = p.first_token[task.sequence];
+        const auto query = [&](long i) {
+            const long row = task.first + i;
+            return p.qr + ((q0 + row / group) * l.N + head * group + row % group) * H;
+        };
+        fold_few_rows(shape, tile, query, -begin, 0, begin, end, scores, state.top, state.sum, state.out);
+    }
+};
+
+#ifdef __AVX512BF16__
+// The same in bfloat16, where the processor multiplies it.
+struct Bf16Rows {
+    const DecodeLayer& l;
+    long rows;
+    float* scores;
+    bits16 *weights, *query, *new_k, *new_v;
+    Bf16Keys keys{};
+
+    Bf16Rows(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) : l(l), rows(task.rows) {
+        const long numbers = rows * kBlock + l.K * rows * l.H + kBlock * l.K * (l.H + l.V);
+        scores = attention_scratch.take(rows * kBlock + divide_up(numbers, 2));
+        weights = reinterpret_cast<bits16*>(scores + rows * kBlock), query = weights + rows * kBlock;
+        new_k = query + l.K * rows * l.H, new_v = new_k + kBlock * l.K * l.H;
+        const long group = l.N / l.K, q0 = p.first_token[task.sequence];
+        for (long head = 0; head < l.K; ++head)
+            for (long i = 0; i < rows; ++i) {
+                const long row = task.first + i;
+                const float* const from = p.qr + ((q0 + row / group) * l.N + head * group + row % group) * l.H;
+                narrow(Format::bf16, from, l.H, query + (head * rows + i) * l.H);
+            }
+    }
+
+    void take(const Run& run, long count) {
+        keys = {static_cast<const bits16*>(run.k), static_cast<const bits16*>(run.v), l.K * l.H, l.K * l.V, count};
+        if (!run.is_new) return;
+        narrow(Format::bf16, static_cast<const float*>(run.k), count * l.K * l.H, new_k);
+        narrow(Format::bf16, static_cast<const float*>(run.v), count * l.K * l.V, new_v);
+        keys.k = new_k, keys.v = new_v;
+    }
+
+    void fold(long head, const Tile& tile, long begin, long, const SpanState& state) {
+        Bf16Keys own = keys;
+        own.k += head * l.H, own.v += head * l.V;
+        fold_bf16(own, l.H, l.V, tile, query + head * rows * l.H, begin, kBlock, scores, weights, state.top, state.sum, state.out);
+    }
+};
+#endif
+
+template <typename Rows>
+void attend_rows(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task, Rows& rows) {
     const Span& span = p.spans[l.span];
-    const long H = padded(l.H), V = padded(l.V), b = task.sequence, q0 = p.first_token[b], group = span.group;
-    float* const keys = attention_scratch.take(kBlock * l.K * (H + V) + kSpanRows * kFewRowsKeys);
-    float *const values = keys + kBlock * l.K * H, *const scores = values + kBlock * l.K * V;
+    const long b = task.sequence, V = padded(l.V), group = span.group;
     Tile tile;
     tile.first = 0, tile.last = task.rows;
     for (long i = 0; i < task.rows; ++i) {
@@ -90,28 +153,30 @@ void attend_span(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task
         for (long i = 0; i < task.rows; ++i) state.top[i] = -kInf, state.sum[i] = 0.0f;
         for (long i = 0; i < task.rows * V; ++i) state.out[i] = 0.0f;
     }
-    AttentionShape shape{};
-    shape.H = H, shape.V = V;
     Run run(p, l, b, task.from, task.to);
     for (long begin = task.from; begin < task.to;) {
-        const long count = run.end - begin;
         const Run next(p, l, b, run.end, task.to);
-        const long rows = next.is_new ? 0 : next.end - run.end, bytes = rows * l.K * number_bytes(l.cache.format);
-        const float *const k = run.floats(run.k, l, l.H, count, keys), *const v = run.floats(run.v, l, l.V, count, values);
+        const long count = next.is_new ? 0 : next.end - run.end, bytes = count * l.K * number_bytes(l.cache.format);
+        rows.take(run, run.end - begin);
         for (long head = 0; head < l.K; ++head) {
             prefetch(next.k, bytes * l.H, head, l.K);
             prefetch(next.v, bytes * l.V, head, l.K);
-            shape.k = {k + head * H, l.K * H, 0}, shape.v = {v + head * V, l.K * V, 0};
-            const auto query = [&](long i) {
-                const long row = task.first + i;
-                return p.qr + ((q0 + row / group) * l.N + head * group + row % group) * H;
-            };
-            const SpanState state(p, l, task, head);
-            fold_few_rows(shape, tile, query, -begin, 0, begin, run.end, scores, state.top, state.sum, state.out);
+            rows.fold(head, tile, begin, run.end, SpanState(p, l, task, head));
         }
         begin = run.end;
         run = next;
     }
+}
+
+void attend_span(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
+#ifdef __AVX512BF16__
+    if (fits_bf16(l)) {
+        Bf16Rows rows(p, l, task);
+        return attend_rows(p, l, task, rows);
+    }
+#endif
+    FloatRows rows{p, l, task};
+    attend_rows(p, l, task, rows);
 }
 
 // Joins the parts of token t's rows, with the sinks, and writes its outputs [N, V].

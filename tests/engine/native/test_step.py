@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import statistics
 
 import pytest
 import torch
@@ -244,8 +245,9 @@ def test_heads_are_those_of_torch(name):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["qwen2", "mimo_v2_flash"])
 def test_low_bit_weights(name, weights):
-    """Activations of both paths round to the same int8 codes, but for those at a border, which spread from
-    layer to layer: so there are two, and routes that are settled.
+    """Activations of both paths round to the same int8 codes, but for those at a border: one such code shows
+    in its token and, through attention, a little in later ones. So most tokens agree closely, and there are
+    two layers and routes that are settled.
     """
     few = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}
     model = lowbit_model(
@@ -254,9 +256,12 @@ def test_low_bit_weights(name, weights):
     for moe in model.moe_layers().values():
         moe.gate.e_score_correction_bias += 2.0 * torch.arange(moe.spec.num_experts)
     pair = Pair(model, truth=model)
+    errors = []
     for counts in SCHEDULE[:4]:
         want, got = pair.step(counts)
-        assert relative_rms(got, want.double()) < 1e-3
+        errors += [relative_rms(g, w.double()) for g, w in zip(got, want, strict=True)]
+    assert statistics.median(errors) < 1e-4
+    assert max(errors) < 2e-2
     with torch.inference_mode():
         assert relative_rms(pair.native.logits(want), model.logits(model.head_input(want)).double()) < 1e-3
 
