@@ -50,7 +50,7 @@ def _run_forward(
     rows = max(chosen.rows, min(_padded(-(-T * G // B)), 64)) if is_short else chosen.rows
     step, pieces = (chosen.keys, 0) if not block_max else _pieces(block_max)
     num_tiles = T * G // rows + B
-    num_parts = _parts(num_tiles * K, S // B, q.device) if is_short else 1
+    num_parts = _parts(num_tiles * K, min(S // B, window or S), q.device) if is_short else 1
     is_part = num_parts > 1
     top = total = lse
     target = out
@@ -176,13 +176,13 @@ def _pieces(block_max: int) -> tuple[int, int]:
     return block_max // pieces, pieces
 
 
-def _parts(num_programs: int, mean_keys: int, device: torch.device) -> int:
+def _parts(num_programs: int, num_keys: int, device: torch.device) -> int:
     """How many parts the keys are cut into: enough programs for the device, not too few keys in each."""
     asked = tuning().parts
     if asked is not None:
         return asked
     wanted = -(-2 * _num_processors(device) // num_programs)
-    return max(1, min(wanted, mean_keys // PART_KEYS, MAX_PARTS))
+    return max(1, min(wanted, num_keys // PART_KEYS, MAX_PARTS))
 
 
 @cache

@@ -76,12 +76,12 @@ def key_range(first, last, window, HAS_WINDOW: tl.constexpr, STEP: tl.constexpr,
 
 @triton.jit
 def _accumulate(
-    acc_mV, top_m, total_m, block_top_m, q_mH, positions_m, start, stop, length_k, window, scale,
+    acc_mV, top_m, total_m, block_top_m, q_mH, positions_m, start, stop, end, length_k, window, scale,
     k_ptr, v_ptr, k_stride, v_stride, block_max_ptrs, is_row,
     H: tl.constexpr, V: tl.constexpr, HAS_WINDOW: tl.constexpr, PIECES: tl.constexpr, IS_MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, STEP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys [start, stop)."""
+    """The online softmax over keys [start, stop) of a tile whose keys end at `end`."""
     channels_H = tl.arange(0, BLOCK_H)
     channels_V = tl.arange(0, BLOCK_V)
     within = tl.arange(0, BLOCK_N)
@@ -102,10 +102,11 @@ def _accumulate(
             scores_mn = tl.where(seen, scores_mn, MINUS_INF)
         tile_top_m = tl.max(scores_mn, 1)
         if PIECES > 0:
-            # A block of maxima is PIECES tiles: each one writes the largest so far, the last one the result.
+            # A block of maxima is PIECES tiles; the last one writes it.
             begins = at // STEP % PIECES == 0
+            ends = (at // STEP % PIECES == PIECES - 1) | (at + STEP >= end)
             block_top_m = tl.where(begins, tile_top_m, tl.maximum(block_top_m, tile_top_m))
-            tl.store(block_max_ptrs + at // (STEP * PIECES), block_top_m * LN_2, mask=is_row)
+            tl.store(block_max_ptrs + at // (STEP * PIECES), block_top_m * LN_2, mask=is_row & ends)
         new_top_m = tl.maximum(top_m, tile_top_m)
         base_m = new_top_m
         if IS_MASKED:
@@ -195,17 +196,18 @@ def forward_kernel(
     total_m = tl.zeros([BLOCK_M], dtype=tl.float32)
     block_top_m = top_m
     acc_mV, top_m, total_m, block_top_m = _accumulate(
-        acc_mV, top_m, total_m, block_top_m, q_mH, positions, low, full_low, length_k, window, scale,
+        acc_mV, top_m, total_m, block_top_m, q_mH, positions, low, full_low, high, length_k, window, scale,
         k_ptr, v_ptr, k_stride_s, v_stride_s, block_max_ptrs, is_row,
         H, V, HAS_WINDOW, PIECES, True, BLOCK_N, STEP, BLOCK_H, BLOCK_V,
     )  # fmt: skip
     acc_mV, top_m, total_m, block_top_m = _accumulate(
-        acc_mV, top_m, total_m, block_top_m, q_mH, positions, full_low, full_high, length_k, window, scale,
+        acc_mV, top_m, total_m, block_top_m, q_mH, positions, full_low, full_high, high,
+        length_k, window, scale,
         k_ptr, v_ptr, k_stride_s, v_stride_s, block_max_ptrs, is_row,
         H, V, HAS_WINDOW, PIECES, False, BLOCK_N, STEP, BLOCK_H, BLOCK_V,
     )  # fmt: skip
     acc_mV, top_m, total_m, block_top_m = _accumulate(
-        acc_mV, top_m, total_m, block_top_m, q_mH, positions, full_high, high, length_k, window, scale,
+        acc_mV, top_m, total_m, block_top_m, q_mH, positions, full_high, high, high, length_k, window, scale,
         k_ptr, v_ptr, k_stride_s, v_stride_s, block_max_ptrs, is_row,
         H, V, HAS_WINDOW, PIECES, True, BLOCK_N, STEP, BLOCK_H, BLOCK_V,
     )  # fmt: skip
