@@ -303,6 +303,20 @@ def test_results_repeat_bit_by_bit_and_do_not_depend_on_neighbours(small_tiles, 
 
 
 @runs_here
+@pytest.mark.parametrize(("has_sink", "window", "block_max"), [(True, 3, 0), (False, 0, 4)])
+def test_the_compiler_may_keep_the_call_in_its_graph(has_sink, window, block_max, make_packed):
+    from sateen.ops.attention.triton import triton_forward
+
+    data = on_device(make_packed([4, 5], [4, 5], (2, 1, 16, 8), torch.float32, seed=11))
+    q, k, v = (data[name].requires_grad_() for name in "qkv")
+    sink = data["sink"].requires_grad_() if has_sink else None
+    cu = indices([0, 4, 9])
+    torch.library.opcheck(
+        triton_forward, (q, k, v, cu, cu, sink, 0.25, window, block_max, 2 if block_max else 0)
+    )
+
+
+@runs_here
 def test_auto_takes_triton_on_cuda_and_not_under_the_interpreter(make_packed):
     data = on_device(make_packed([5], [5], (2, 1, 16, 16), torch.float32, seed=7))
     call = {"cu_seqlens_q": indices([0, 5]), "cu_seqlens_k": indices([0, 5]), "scale": 1.0}
