@@ -283,6 +283,18 @@ def test_scale_and_large_scores(make_packed):
 
 
 @runs_here
+@pytest.mark.parametrize("parts", [1, 3])
+def test_scores_far_below_zero(parts, small_tiles):
+    # Relative to zero each exponential would vanish: absent parts must not count as scores of zero.
+    small_tiles(parts)
+    q, k = torch.ones(1, 1, 16, device=DEVICE), -torch.ones(40, 1, 16, device=DEVICE)
+    v = torch.arange(40.0, device=DEVICE)[:, None, None].expand(40, 1, 16).contiguous()
+    out, lse = attend({"q": q, "k": k, "v": v}, [0, 1], [0, 40], scale=20.0)
+    torch.testing.assert_close(out.cpu(), torch.full((1, 1, 16), 19.5), rtol=1e-6, atol=0)
+    assert lse.item() == pytest.approx(-320.0 + math.log(40), rel=1e-6)
+
+
+@runs_here
 def test_results_repeat_bit_by_bit_and_do_not_depend_on_neighbours(small_tiles, make_packed):
     small_tiles(1)
     data = on_device(make_packed([9, 37, 5], [9, 37, 5], (2, 1, 16, 16), torch.float32, seed=9))
