@@ -1,6 +1,9 @@
 """Speed of `ops.attention` against torch's `scaled_dot_product_attention`, forward and backward, on the CPU.
 
     python benchmarks/attention.py --pairs 11
+    python benchmarks/attention.py --gpu
+
+The second form times the Triton backend on CUDA instead: see `_attention_gpu.py`, which takes what follows.
 
 The kernel's correctness tests run first; nothing is printed or written unless they pass. Both sides then run
 in interleaved pairs in one process. The peer gets its own layout [1, N, T, H] with key/value heads already
@@ -18,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _attention_gpu
 import torch
 from _results import ROOT, is_dirty, publish, quartiles, result_file, revision, tests_pass
 from torch import Tensor
@@ -101,7 +105,14 @@ def main() -> int:
     )
     parser.add_argument("--pairs", type=int, default=9, help="at least 3 (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/attention-CPU.json")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--gpu", action="store_true", help="the Triton backend on CUDA, with the flags of _attention_gpu.py"
+    )
+    options, rest = parser.parse_known_args()
+    if options.gpu:
+        return _attention_gpu.main(rest if options.out is None else [*rest, "--out", str(options.out)])
+    if rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
     if not tests_pass("attention.py", TESTS):
         return 1
     results = []

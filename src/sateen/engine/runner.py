@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sateen.engine.cache.kv_cache import KVCache
 from sateen.engine.drafts.drafter import Drafter, DraftJob
+from sateen.engine.graph_step import graph_step
 from sateen.engine.native.step import MAX_TOKENS, native_step
 from sateen.engine.sampling.logprobs import completion_logprobs, score_prompt
 from sateen.engine.sampling.sampler import mask_padding
@@ -29,6 +30,7 @@ class Runner:
         drafter: the MTP heads at work, or None.
         routed_layers: mixtures of experts of the trunk whose choices requests keep; empty for none.
         native: runs small steps in one native call; None where every step runs in torch.
+        graph: replays decode steps on CUDA; None elsewhere.
         seconds: of the last step, in the trunk with the choice of tokens and in the MTP heads.
     """
 
@@ -46,6 +48,7 @@ class Runner:
         trunk = range(model.config.num_hidden_layers)
         self.routed_layers = tuple(sorted(set(model.moe_layers()) & set(trunk))) if records_routing else ()
         self.native = native_step(step, model, cache)
+        self.graph = graph_step(model, cache) if step == "auto" else None
         self.drafter = Drafter(model, cache, num_tokens, self.native) if drafts else None
         self.seconds = 0.0, 0.0
 
@@ -66,6 +69,8 @@ class Runner:
         links = LayerLinks()
         if self.native is not None and len(ids) <= MAX_TOKENS:
             hidden = self.native.trunk(ids, view, links)
+        elif self.graph is not None and self.graph.fits(view):
+            hidden = self.graph.trunk(ids, view)
         else:
             device = self.model.device
             positions = [t for chunk in chunks for t in range(chunk.start, chunk.start + chunk.count)]

@@ -304,7 +304,7 @@ class KVCache:
 class _Zeros:
     """Zeros whose memory a CPU hands out where they are first written, so that an idle cache takes little.
 
-    numpy asks the system for zeroed pages, torch would write them, and for huge pages where much is asked for at
+    numpy asks the system for zeroed pages, torch would write them, and for huge pages where much is wanted at
     once, which are read faster. So tensors lie end to end, many to a chunk.
     """
 

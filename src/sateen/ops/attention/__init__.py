@@ -9,9 +9,18 @@ from sateen.ops.attention.chunked import attention_torch
 from sateen.ops.attention.native import attention_native
 from sateen.ops.attention.reference import OP, attention_reference
 from sateen.ops.attention.select import select_blocks
+from sateen.ops.attention.triton import attention_triton
 from sateen.ops.packed import check_packed
 
-__all__ = ["OP", "attention", "attention_native", "attention_reference", "attention_torch", "select_blocks"]
+__all__ = [
+    "OP",
+    "attention",
+    "attention_native",
+    "attention_reference",
+    "attention_torch",
+    "attention_triton",
+    "select_blocks",
+]
 
 
 def attention(
