@@ -31,18 +31,6 @@ SATEEN_INLINE Group* group_at(const void* scratch, long columns, long token) {
     return reinterpret_cast<Group*>(static_cast<char*>(const_cast<void*>(scratch)) + token * integer_stride(columns));
 }
 
-template <int D, int... I>
-SATEEN_INLINE vint swap(vint x, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(x, x, (I ^ D)...);
-}
-
-template <int D = W / 2, typename Join>
-SATEEN_INLINE int join_lanes(vint x, Join join) {
-    x = join(x, swap<D>(x, std::make_integer_sequence<int, W>{}));
-    if constexpr (D > 1) return join_lanes<D / 2>(x, join);
-    else return x[0];
-}
-
 // Halves to even.
 SATEEN_INLINE vint nearest(vfloat x) {
 #if defined(__AVX512F__)

@@ -74,24 +74,25 @@ SATEEN_INLINE vfloat exp2_fast(vfloat x) {
     return x < low ? vfloat{} : scaled;
 }
 
-template <int D, int... I>
-SATEEN_INLINE vfloat swap_lanes(vfloat x, std::integer_sequence<int, I...>) {
+template <int D, typename Vector, int... I>
+SATEEN_INLINE Vector swap_lanes(Vector x, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(x, x, (I ^ D)...);
 }
 
-// Every lane is `join` of all lanes, in pairs.
-template <int D, typename Join>
-SATEEN_INLINE vfloat join_lanes(vfloat x, Join join) {
-    if constexpr (D == 0) return x;
-    else return join_lanes<D / 2>(join(x, swap_lanes<D>(x, std::make_integer_sequence<int, W>{})), join);
+// What `join` makes of all lanes, in pairs.
+template <int D = W / 2, typename Vector, typename Join>
+SATEEN_INLINE auto join_lanes(Vector x, Join join) {
+    x = join(x, swap_lanes<D>(x, std::make_integer_sequence<int, W>{}));
+    if constexpr (D > 1) return join_lanes<D / 2>(x, join);
+    else return x[0];
 }
 
 SATEEN_INLINE float sum_lanes(vfloat x) {
-    return join_lanes<W / 2>(x, [](vfloat a, vfloat b) { return a + b; })[0];
+    return join_lanes(x, [](vfloat a, vfloat b) { return a + b; });
 }
 
 SATEEN_INLINE float max_lanes(vfloat x) {
-    return join_lanes<W / 2>(x, [](vfloat a, vfloat b) { return maximum(a, b); })[0];
+    return join_lanes(x, [](vfloat a, vfloat b) { return maximum(a, b); });
 }
 
 template <int D, int... I>
