@@ -52,15 +52,31 @@ void record(const float* scores, long rows, long key, long keys, long block_size
             const long block = (key + s) / block_size, border = (block + 1) * block_size - key;
             const long end = border < keys ? border : keys;
             float best = to[block];
-            if (s % W == 0 && (end - s) % W == 0) {
-                vfloat top = load(x + s);
-                for (s += W; s < end; s += W) top = maximum(load(x + s), top);
-                for (int i = 0; i < W; ++i) best = top[i] > best ? top[i] : best;
-            } else {
-                for (; s < end; ++s) best = x[s] > best ? x[s] : best;
-            }
+            for (; s < end; ++s) best = x[s] > best ? x[s] : best;
             to[block] = best;
         }
+    }
+}
+
+// The same for blocks of whole vectors; `key` is a multiple of W. The keys up to the next multiple of W are -inf.
+void record_vectors(const float* scores, long rows, long key, long keys, long block_size, float* maxima, long stride) {
+    for (long s = 0; s < keys;) {
+        const long block = (key + s) / block_size, border = (block + 1) * block_size - key;
+        const long end = border < keys ? border : keys;
+        for (long r = 0; r < rows; r += W) {
+            vfloat best[W];
+            const long used = rows - r < W ? rows - r : W;
+            for (long i = 0; i < W; ++i) {
+                best[i] = splat(-kInf);
+                for (long c = s; i < used && c < end; c += W) best[i] = maximum(load(scores + (r + i) * kTileKeys + c), best[i]);
+            }
+            const vfloat each = largest_each(best);
+            for (long i = 0; i < used; ++i) {
+                float* const to = maxima + (r + i) * stride + block;
+                *to = each[i] > *to ? each[i] : *to;
+            }
+        }
+        s = end;
     }
 }
 
@@ -73,6 +89,8 @@ void attend(const OracleForward& p, const Task& task, long from, long to, const 
     for (long key = from; key < to; key += kTileKeys) {
         const long count = to - key < kTileKeys ? to - key : kTileKeys;
         keys.pack(p, task.head, [&](long i) { return task.s.k0 + key + i; }, count, false);
+        const long next = key + kTileKeys, ahead = to - next < kTileKeys ? to - next : kTileKeys;
+        prefetch_keys(p, task.head, [&](long i) { return task.s.k0 + next + i; }, ahead);
         for (long r = 0; r < rows; r += kTileQueries) {
             const long used = rows - r < kTileQueries ? rows - r : kTileQueries;
             if (task.s.position(task.first + (r + used - 1) / group) < key) continue;
@@ -84,7 +102,10 @@ void attend(const OracleForward& p, const Task& task, long from, long to, const 
             tile.gather(states, used);
             tile_scores(keys, tile.q, states.wide_h, used, p.H, tile.scores);
             hide(tile.scores, tile.limit, used, count);
-            if (maxima) record(tile.scores, used, key, count, p.block_size, maxima + r * stride, stride);
+            if (maxima) {
+                const auto keep = p.block_size % W == 0 ? record_vectors : record;
+                keep(tile.scores, used, key, count, p.block_size, maxima + r * stride, stride);
+            }
             tile.fold(keys, states, used);
         }
     }
@@ -95,7 +116,7 @@ void write_maxima(const OracleForward& p, const Task& task, const float* maxima,
     for (long r = 0; r < task.rows(p); ++r) {
         const long t = task.s.q0 + task.first + r / group, n = task.head * group + r % group;
         float* const to = p.maxima + (n * p.T + t) * p.num_blocks;
-        for (long b = 0; b < p.num_blocks; ++b) to[b] = b < blocks ? maxima[r * stride + b] * kLn2 : -kInf;
+        for (long b = 0; b < p.num_blocks; ++b) to[b] = b < blocks ? maxima[r * stride + b] : -kInf;
     }
 }
 
@@ -104,8 +125,8 @@ void choose(const OracleForward& p, const Task& task, const RowStates& states, c
     const long group = p.N / p.K;
     float* const scores = choice_scratch.take(2 * (stride + W));
     int* const keys = reinterpret_cast<int*>(scores + stride + W);
-    // The outputs are written: from here on `top` is the log-sum-exp, in powers of two like the scores.
-    for (long r = 0; r < task.rows(p); ++r) states.top[r] = states.sum[r] == 0.0f ? 0.0f : states.top[r] + log2f(states.sum[r]);
+    // The outputs are written: from here on `top` is the log-sum-exp.
+    for (long r = 0; r < task.rows(p); ++r) states.top[r] = states.sum[r] == 0.0f ? 0.0f : states.top[r] + logf(states.sum[r]);
     for (long q = 0; q < task.last - task.first; ++q) {
         const long position = task.s.position(task.first + q);
         int* const list = p.lists + (task.head * p.T + task.s.q0 + task.first + q) * (p.listed + p.recent);

@@ -101,8 +101,7 @@ struct Memory {
                 float *const x = scores + i * kTileKeys + s, *const d = d_scores + i * kTileKeys + s;
                 const vfloat prob = exp2_fast(load(x) - lse);
                 store(x, prob);
-                // The value of a key that is not seen may be NaN: it must not reach the gradient as 0 * NaN.
-                store(d, prob == vfloat{} ? vfloat{} : prob * (load(d) - delta) * kLn2);
+                store(d, prob * (load(d) - delta) * kLn2);
             }
         }
         multiply<true, Into::add>({scores, kTileKeys, g, wide_v, d_v, wide_v}, count, wide_v, used);

@@ -55,6 +55,8 @@ void run_keys(const SparseForward& p, const Place& s, long head, const int* keys
     for (long at = begin; at < end; at += kTileKeys) {
         const long count = end - at < kTileKeys ? end - at : kTileKeys;
         memory.keys.pack(p, head, [&](long i) { return s.k0 + keys[at + i]; }, count, false);
+        const long next = at + kTileKeys, ahead = end - next < kTileKeys ? end - next : kTileKeys;
+        prefetch_keys(p, head, [&](long i) { return s.k0 + keys[next + i]; }, ahead);
         for (long r = 0; r < group; r += kTileQueries) {
             const long used = group - r < kTileQueries ? group - r : kTileQueries;
             for (long i = 0; i < used; ++i) memory.tile.row[i] = r + i, memory.tile.limit[i] = int(count);

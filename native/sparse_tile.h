@@ -32,8 +32,25 @@ inline const void* at(const NumberRows& x, long token, long head) {
 
 // One row as floats, padded with zeros to `wide` numbers.
 inline void copy_row(const NumberRows& x, long token, long head, long channels, float* to, long wide) {
-    widen(x.format, at(x, token, head), channels, to);
+    const void* const from = at(x, token, head);
+    if (x.format == Format::f32) {
+        const float* const numbers = static_cast<const float*>(from);
+        for (long c = 0; c < wide; c += W) store(to + c, c + W <= channels ? load(numbers + c) : load_some(numbers + c, channels - c));
+        return;
+    }
+    widen(x.format, from, channels, to);
     for (long c = channels; c < wide; ++c) to[c] = 0.0f;
+}
+
+// Asks for the rows of keys that will be packed next: with few query rows the arithmetic alone would not hide memory.
+template <typename TokenAt>
+inline void prefetch_keys(const NumbersShape& p, long head, TokenAt token, long keys) {
+    const long k_bytes = p.H * number_bytes(p.k.format), v_bytes = p.V * number_bytes(p.v.format);
+    for (long i = 0; i < keys; ++i) {
+        const char *const k = static_cast<const char*>(at(p.k, token(i), head)), *const v = static_cast<const char*>(at(p.v, token(i), head));
+        for (long c = 0; c < k_bytes; c += 64) __builtin_prefetch(k + c);
+        for (long c = 0; c < v_bytes; c += 64) __builtin_prefetch(v + c);
+    }
 }
 
 // Lane i is the largest lane of vector i.
@@ -76,10 +93,12 @@ struct PackedKeys {
     void pack(const NumbersShape& p, long head, TokenAt token, long keys, bool both) {
         count = keys;
         const long wide_h = round_up(p.H, W), wide_v = round_up(p.V, W);
-        for (long i = 0; i < keys; ++i) {
-            copy_row(p.k, token(i), head, p.H, k + i * wide_h, wide_h);
-            copy_row(p.v, token(i), head, p.V, v + i * wide_v, wide_v);
+        for (long i = 0; i < keys; ++i) copy_row(p.v, token(i), head, p.V, v + i * wide_v, wide_v);
+        if (p.k.format == Format::f32 && !both) {
+            const auto where = [&](long i) { return static_cast<const float*>(at(p.k, token(i), head)); };
+            return pack_transposed(where, p.H, 1.0f, k_t, kTileKeys, keys);
         }
+        for (long i = 0; i < keys; ++i) copy_row(p.k, token(i), head, p.H, k + i * wide_h, wide_h);
         pack_transposed([&](long i) -> const float* { return k + i * wide_h; }, p.H, 1.0f, k_t, kTileKeys, keys);
         if (both) pack_transposed([&](long i) -> const float* { return v + i * wide_v; }, p.V, 1.0f, v_t, kTileKeys, keys);
     }
@@ -100,7 +119,7 @@ inline void hide(float* scores, const int* limit, long rows, long count) {
             }
 }
 
-// Scores become 2^(score - top) in place; `shrink` is what earlier sums of a row must be multiplied by. All arrays have
+// Scores become e^(score - top) in place; `shrink` is what earlier sums of a row must be multiplied by. All arrays have
 // room for whole vectors of rows.
 inline void online_softmax(float* scores, long rows, long count, float* top, float* sum, float* shrink) {
     for (long r = 0; r < rows; r += W) {
@@ -112,11 +131,11 @@ inline void online_softmax(float* scores, long rows, long count, float* top, flo
         const vfloat before = load(top + r), now = maximum(largest_each(best), before);
         // A row that has seen nothing yet subtracts zero: its scores are all -inf and stay 0 after the exponential.
         const vfloat base = now == splat(-kInf) ? vfloat{} : now;
-        const vfloat factor = exp2_fast(before - base);
+        const vfloat factor = exp2_fast((before - base) * kLog2e);
         for (int i = 0; i < used; ++i)
             for (long s = 0; s < count; s += W) {
                 float* const x = scores + (r + i) * kTileKeys + s;
-                const vfloat weight = exp2_fast(load(x) - splat(base[i]));
+                const vfloat weight = exp2_fast((load(x) - splat(base[i])) * kLog2e);
                 total[i] += weight;
                 store(x, weight);
             }
@@ -128,7 +147,7 @@ inline void online_softmax(float* scores, long rows, long count, float* top, flo
 
 // What the rows of some queries carry from one tile to the next. A row is query row / group, head row % group.
 struct RowStates {
-    float *q, *top, *sum, *out;  // [rows, wide H] times scale * log2(e), [rows], [rows], [rows, wide V]
+    float *q, *top, *sum, *out;  // [rows, wide H] times scale, [rows], [rows], [rows, wide V]
     long wide_h, wide_v;
 
     static long size(long rows, long H, long V) {
@@ -142,11 +161,10 @@ struct RowStates {
 
     void begin(const NumbersShape& p, long head, long first_token, long rows) {
         const long group = p.N / p.K;
-        const float factor = p.scale * kLog2e;
         for (long r = 0; r < rows; ++r) {
             float* const to = q + r * wide_h;
             copy_row(p.q, first_token + r / group, head * group + r % group, p.H, to, wide_h);
-            for (long c = 0; c < wide_h; c += W) store(to + c, load(to + c) * factor);
+            for (long c = 0; c < wide_h; c += W) store(to + c, load(to + c) * p.scale);
         }
         for (long r = 0; r < round_up(rows, W); ++r) top[r] = -kInf, sum[r] = 0.0f;
         memset(out, 0, rows * wide_v * sizeof(float));
@@ -155,7 +173,8 @@ struct RowStates {
     void merge(const RowStates& part, long rows) {
         for (long r = 0; r < rows; ++r) {
             const float now = part.top[r] > top[r] ? part.top[r] : top[r], base = now == -kInf ? 0.0f : now;
-            const float keep = exp2_fast(splat(top[r] - base))[0], take = exp2_fast(splat(part.top[r] - base))[0];
+            const float keep = exp2_fast(splat((top[r] - base) * kLog2e))[0];
+            const float take = exp2_fast(splat((part.top[r] - base) * kLog2e))[0];
             top[r] = now, sum[r] = sum[r] * keep + part.sum[r] * take;
             for (long c = 0; c < wide_v; c += W)
                 store(out + r * wide_v + c, load(out + r * wide_v + c) * keep + load(part.out + r * wide_v + c) * take);
@@ -167,7 +186,7 @@ struct RowStates {
         const long group = p.N / p.K;
         for (long r = 0; r < rows; ++r) {
             const long t = first_token + r / group, n = head * group + r % group;
-            const float log_sum = sum[r] == 0.0f ? -kInf : top[r] * kLn2 + logf(sum[r]);
+            const float log_sum = sum[r] == 0.0f ? -kInf : top[r] + logf(sum[r]);
             lse[n * p.T + t] = log_sum;
             float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
             if (p.sink && factor != 0.0f) factor /= 1.0f + expf(p.sink[n] - log_sum);

@@ -1,4 +1,4 @@
-"""Tensors [tokens, heads, channels] as the compiled kernels read them: one number format, contiguous channels."""
+"""Tensors [tokens, heads, channels] as the compiled kernels read them: one format, contiguous channels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def format_of(x: Tensor) -> int:
 
 
 def number_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in one format with contiguous channels; float32 where their dtypes differ. Copies if needed."""
+    """The tensors in one format, float32 where their dtypes differ, with contiguous channels."""
     same = len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in _FORMATS
     found = tensors if same else tuple(x.float() for x in tensors)
     return tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in found)

@@ -30,9 +30,9 @@ def oracle_forward(
     lists = torch.empty(K, T, columns, dtype=torch.int32) if chosen else None
     maxima = None if chosen else torch.empty(N, T, columns)
     native().oracle_forward(
-        number_array(q), number_array(k), number_array(v), format_of(q), array(cu_q), array(cu_k), array(sink),
-        block_size, scale, torch.get_num_threads(), chosen, forced_window, out.numpy(), lse.numpy(),
-        array(maxima), array(lists),
+        number_array(q), number_array(k), number_array(v), format_of(q), array(cu_q), array(cu_k),
+        array(sink), block_size, scale, torch.get_num_threads(), chosen, forced_window, out.numpy(),
+        lse.numpy(), array(maxima), array(lists),
     )  # fmt: skip
     found = maxima if lists is None else lists
     assert found is not None

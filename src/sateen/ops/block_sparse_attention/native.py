@@ -1,6 +1,6 @@
-"""Attention over listed blocks by the compiled CPU kernels, native/sparse_forward.cpp and sparse_backward.cpp.
+"""Attention over listed blocks by the compiled CPU kernels of native/sparse_forward.cpp and its backward.
 
-Float32 inside; bfloat16 and float16 rows are widened as they are read, so a long cache is never converted whole.
+Float32 inside; bfloat16 and float16 rows are widened as they are read, so no long cache is converted whole.
 Forward and backward are custom ops, so `torch.compile` keeps its graph; calls that need no gradient skip the
 dispatcher. Shape letters as in `sateen.ops.attention.native`; n blocks per list.
 """
@@ -82,9 +82,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, idx, cu_q, cu_k, sink, out, lse = ctx.saved_tensors
-    found = sparse_backward(
-        d_out, q, k, v, idx, cu_q, cu_k, sink, out, lse, ctx.block_size, ctx.scale
-    )
+    found = sparse_backward(d_out, q, k, v, idx, cu_q, cu_k, sink, out, lse, ctx.block_size, ctx.scale)
     d_q, d_k, d_v = (d.to(x.dtype) for d, x in zip(found, (q, k, v), strict=False))
     return d_q, d_k, d_v, None, None, None, None if sink is None else found[3], None, None
 
