@@ -94,7 +94,7 @@ def test_equal_scores_go_to_the_lower_block(backend, block_size, shape, make_pac
     assert torch.equal(lists, ops.select_blocks(maxima, lse, num_kv_heads=shape[1], num_blocks=3))
     top = (maxima - lse.unsqueeze(-1)).unflatten(0, (shape[1], -1)).amax(1).sort(descending=True).values
     if block_size == 1:
-        assert (top[..., 2] == top[..., 3]).sum() > 4  # so often the choice had to break a tie
+        assert (top[..., 2] == top[..., 3]).any()  # the choice had to break a tie
 
 
 @pytest.mark.parametrize("backend", OP.backends)
