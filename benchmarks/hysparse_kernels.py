@@ -1,4 +1,4 @@
-"""Speed of HySparse's kernels on the CPU: prefill and decode with listed blocks, and a training step's attention.
+"""Speed of HySparse's kernels on the CPU: prefill, decoding and training with listed blocks.
 
     sateen bench hysparse-kernels --pairs 9 --threads 1
 
@@ -208,8 +208,8 @@ def main() -> int:
                 "full attention", PREFILL_BAR, ("the layer that makes lists",),
             )  # fmt: skip
             results += compare(
-                f"decode {options.context} {name}", decode(dtype, options.context), options.pairs, "full layers",
-                DECODE_BAR,
+                f"decode {options.context} {name}", decode(dtype, options.context), options.pairs,
+                "full layers", DECODE_BAR,
             )  # fmt: skip
     for what, sides in training().items():
         for peer in ("torch", "full attention"):

@@ -14,6 +14,7 @@ namespace sateen::SATEEN_ISA {
 namespace {
 
 constexpr long kTaskRows = 256;
+constexpr long kFewRows = 8;
 constexpr long kMaxima = 1L << 21;  // block maxima of a task, unless one query has more
 
 thread_local Scratch scratch, choice_scratch, shared_scratch;
@@ -88,7 +89,8 @@ void attend(const OracleForward& p, const Task& task, long from, long to, const 
     TileMemory tile(data + PackedKeys::size(p.H, p.V), p.H, p.V);
     for (long key = from; key < to; key += kTileKeys) {
         const long count = to - key < kTileKeys ? to - key : kTileKeys;
-        keys.pack(p, task.head, [&](long i) { return task.s.k0 + key + i; }, count, false);
+        const bool in_place = rows <= kFewRows && keys.point_at_values(p, task.head, task.s.k0 + key);
+        keys.pack(p, task.head, [&](long i) { return task.s.k0 + key + i; }, count, false, in_place);
         const long next = key + kTileKeys, ahead = to - next < kTileKeys ? to - next : kTileKeys;
         prefetch_keys(p, task.head, [&](long i) { return task.s.k0 + next + i; }, ahead);
         for (long r = 0; r < rows; r += kTileQueries) {

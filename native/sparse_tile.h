@@ -81,19 +81,28 @@ SATEEN_INLINE vint lanes_from(long first) {
 // also wants `k` [kTileKeys, wide H] and `v_t` [V, kTileKeys].
 struct PackedKeys {
     float *k_t, *v, *k, *v_t;
-    long count;
+    const float* values;  // `v`, or where the values lie in the tensor
+    long count, value_stride;
 
     static long size(long H, long V) { return kTileKeys * (H + V + round_up(H, W) + round_up(V, W)); }
 
     PackedKeys(float* at, long H, long V)
-        : k_t(at), v(k_t + kTileKeys * H), k(v + kTileKeys * round_up(V, W)), v_t(k + kTileKeys * round_up(H, W)), count(0) {}
+        : k_t(at), v(k_t + kTileKeys * H), k(v + kTileKeys * round_up(V, W)), v_t(k + kTileKeys * round_up(H, W)), values(v), count(0),
+          value_stride(round_up(V, W)) {}
+
+    // Values of consecutive keys from `token` on are read where they lie: so few query rows that a copy costs more.
+    bool point_at_values(const NumbersShape& p, long head, long token) {
+        if (p.v.format != Format::f32 || p.V % W) return false;
+        values = static_cast<const float*>(at(p.v, token, head)), value_stride = p.v.token_stride;
+        return true;
+    }
 
     // `token(i)` is the row of the i-th key in the packed tensors.
     template <typename TokenAt>
-    void pack(const NumbersShape& p, long head, TokenAt token, long keys, bool both) {
+    void pack(const NumbersShape& p, long head, TokenAt token, long keys, bool both, bool has_values = false) {
         count = keys;
         const long wide_h = round_up(p.H, W), wide_v = round_up(p.V, W);
-        for (long i = 0; i < keys; ++i) copy_row(p.v, token(i), head, p.V, v + i * wide_v, wide_v);
+        for (long i = 0; i < keys && !has_values; ++i) copy_row(p.v, token(i), head, p.V, v + i * wide_v, wide_v);
         if (p.k.format == Format::f32 && !both) {
             const auto where = [&](long i) { return static_cast<const float*>(at(p.k, token(i), head)); };
             return pack_transposed(where, p.H, 1.0f, k_t, kTileKeys, keys);
@@ -222,7 +231,7 @@ struct TileMemory {
     // From scores to the rows' states.
     void fold(const PackedKeys& keys, const RowStates& states, long rows) {
         online_softmax(scores, rows, round_up(keys.count, W), top, sum, shrink);
-        multiply<false, Into::zero>({scores, kTileKeys, keys.v, states.wide_v, out, states.wide_v}, rows, states.wide_v,
+        multiply<false, Into::zero>({scores, kTileKeys, keys.values, keys.value_stride, out, states.wide_v}, rows, states.wide_v,
                                     keys.count);
         for (long i = 0; i < rows; ++i) {
             float* const to = states.out + row[i] * states.wide_v;
