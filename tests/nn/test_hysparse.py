@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sateen.nn.attention import Attention, LayerLinks, Sequences, selection
-from sateen.nn.attention.selection import choose_blocks
+from sateen.nn.attention import Attention, LayerLinks, Sequences
 from sateen.nn.spec import LayerSpec
 
 D, EPS = 12, 1e-6
@@ -228,31 +227,15 @@ def test_a_gate_of_one_half_halves_a_sliding_layer():
     torch.testing.assert_close(gated(x, seq, None, LayerLinks()), want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("forced", [None, 6])
-@pytest.mark.parametrize(("lengths", "old"), [([40, 0, 9], [0, 0, 0]), ([12, 3], [20, 1])])
-def test_lists_do_not_depend_on_how_queries_are_cut(lengths, old, forced, monkeypatch):
-    generator = torch.Generator().manual_seed(3)
-    q = torch.randn(sum(lengths), 4, 6, generator=generator)
-    keys = [n + m for n, m in zip(lengths, old, strict=True)]
-    k = torch.randn(sum(keys), 2, 6, generator=generator)
-    positions = [m + torch.arange(n) for n, m in zip(lengths, old, strict=True)]
-    seq = Sequences(Sequences.of_lengths(lengths).cu_seqlens, torch.cat(positions))
-    cu_k = Sequences.of_lengths(keys).cu_seqlens
-    lists = []
-    for chunk in (256, 7, 1):
-        monkeypatch.setattr(selection, "CHUNK", chunk)
-        lists.append(choose_blocks(q, k, seq, cu_k, block_size=4, num_blocks=3, forced_window=forced))
-    assert torch.equal(lists[0], lists[1])
-    assert torch.equal(lists[0], lists[2])
-    assert not lists[0].requires_grad
-
-
 def test_an_oracle_is_a_full_layer_and_one_that_lends_nothing_chooses_nothing():
     oracle = oracle_and_sparse(num_blocks=2, block_size=4)[0]
     full = Attention.kinds["full_attention"](D, replace(BASE, options={}), EPS)
     full.load_state_dict(oracle.state_dict())
     x, seq, links = hidden(19), Sequences.of_lengths([12, 7]), LayerLinks()
-    assert torch.equal(oracle(x, seq, None, links), full(x, seq, None, LayerLinks()))
+    # The kernel that also lists blocks is another one: it adds up in another order.
+    torch.testing.assert_close(
+        oracle(x, seq, None, links), full(x, seq, None, LayerLinks()), rtol=1e-6, atol=1e-6
+    )
     assert links.selections[0].shape == (2, 19, 2)
     silent = Attention.kinds["oracle_attention"](D, replace(BASE, options={"publishes_input": True}), EPS)
     links = LayerLinks()

@@ -1,6 +1,7 @@
 """Kernels: one public function per operator, a plain reference and faster backends behind `backend=`."""
 
 from sateen.ops.attention import attention, select_blocks
+from sateen.ops.attention_and_blocks import attention_and_blocks
 from sateen.ops.block_sparse_attention import block_sparse_attention
 from sateen.ops.complex_matmul import (
     PackedPhase,
@@ -28,6 +29,7 @@ __all__ = [
     "PackedPhase",
     "PhaseWeight",
     "attention",
+    "attention_and_blocks",
     "block_sparse_attention",
     "complex_matmul",
     "grouped_matmul",

@@ -35,6 +35,12 @@ def _block_sparse_attention(device: str) -> tuple[tuple[Any, ...], dict[str, Any
     return (q, k, v, idx_KTn), kept | {"block_size": 2}
 
 
+def _attention_and_blocks(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    inputs, options = _attention(device)
+    kept = {name: options[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "scale", "sink_N")}
+    return inputs, kept | {"block_size": 2, "num_blocks": 1, "forced_window": None}
+
+
 def _int8_attention(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     (q, k, v), options = _attention(device)
     return (q, k, v), {key: options[key] for key in ("cu_seqlens_q", "cu_seqlens_k", "scale", "window")}
@@ -53,6 +59,7 @@ def _lowbit_matmul(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 # A small ordinary call of each operator: what its backends are asked whether they can run.
 CALLS: dict[str, Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "attention": _attention,
+    "attention_and_blocks": _attention_and_blocks,
     "block_sparse_attention": _block_sparse_attention,
     "complex_matmul": _complex_matmul,
     "grouped_matmul": _grouped_matmul,

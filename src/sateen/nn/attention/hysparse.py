@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sateen import ops
 from sateen.nn.attention.base import Attention, LayerCache, LayerLinks, Sequences
 from sateen.nn.attention.full import FullAttention, SlidingAttention
-from sateen.nn.attention.selection import choose_blocks
 from sateen.nn.rotary import apply_rotary
 from sateen.nn.spec import KVLayout, LayerSpec
 
@@ -39,18 +38,20 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
             k, v, cu_seqlens_k = cache.extend(k, v)
         if options.get("num_blocks"):
             links.kv[spec.index] = k, v, cu_seqlens_k
-            links.selections[spec.index] = choose_blocks(
-                q, k, seq, cu_seqlens_k, block_size=options["block_size"],
-                num_blocks=options["num_blocks"], forced_window=options.get("forced_window"),
+            out, links.selections[spec.index] = ops.attention_and_blocks(
+                q, k, v, block_size=options["block_size"], num_blocks=options["num_blocks"],
+                forced_window=options.get("forced_window"), cu_seqlens_q=seq.cu_seqlens,
+                cu_seqlens_k=cu_seqlens_k, sink_N=self.attention_sink_bias,
             )  # fmt: skip
-        out: Tensor = ops.attention(  # type: ignore[assignment]
-            q,
-            k,
-            v,
-            cu_seqlens_q=seq.cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k,
-            sink_N=self.attention_sink_bias,
-        )
+        else:
+            out = ops.attention(  # type: ignore[assignment]
+                q,
+                k,
+                v,
+                cu_seqlens_q=seq.cu_seqlens,
+                cu_seqlens_k=cu_seqlens_k,
+                sink_N=self.attention_sink_bias,
+            )
         result: Tensor = self.o_proj(out.flatten(1))
         return result
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sateen.ops.attention.oracle import attention_oracle
 from sateen.ops.attention.reference import OP
 from sateen.ops.native import native, native_available
 
@@ -98,14 +99,29 @@ def _array(x: Tensor | None) -> NDArray[Any] | None:
     return None if x is None else x.detach().numpy()
 
 
-def _why_not(q_TNH: Tensor, *_: Tensor, block_max: int | None = None, **__: Any) -> str | None:
+def _why_not(
+    q_TNH: Tensor, *_: Tensor, window: int | None = None, block_max: int | None = None, **__: Any
+) -> str | None:
     if q_TNH.device.type != "cpu":
         return f"it runs on the CPU and the tensors are on {q_TNH.device.type}"
     if q_TNH.dtype == torch.float64:
         return "it computes in float32 and the tensors are float64"
-    if block_max is not None:
-        return "it does not return tile maxima"
+    if block_max is not None and window is not None:
+        return "it does not return tile maxima within a window"
     return native_available()
+
+
+def _with_maxima(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, scale: float | None,
+    sink: Tensor | None, return_lse: bool, block_max: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    cu_k = cu_q if cu_k is None else cu_k
+    longest = int(cu_k.diff().max()) if cu_k.numel() > 1 else 0
+    out, lse, maxima = attention_oracle(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        sink_N=sink, block_size=block_max, columns=-(-longest // block_max),
+    )  # fmt: skip
+    return (out, lse, maxima) if return_lse else (out, maxima)
 
 
 @OP.register("native", priority=20, why_not=_why_not)
@@ -129,7 +145,10 @@ def attention_native(
     Source: blocks with an online softmax as in Dao 2023, FlashAttention-2 (arXiv 2307.08691, algorithms 1-2).
     In the backward pass a worker owns whole rows of d_q, d_k and d_v, so there are no atomic additions.
     """
-    assert block_max is None
+    if block_max is not None:
+        return _with_maxima(
+            q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, scale, sink_N, return_lse, block_max
+        )
     q, k, v = _rows(q_TNH), _rows(k_SKH), _rows(v_SKV)
     cu_q = cu_seqlens_q.int()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.int()

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from sateen.errors import ShapeError
 from sateen.ops.block_sparse_attention.gathered import block_sparse_attention_torch
+from sateen.ops.block_sparse_attention.native import block_sparse_attention_native
 from sateen.ops.block_sparse_attention.reference import OP, block_sparse_attention_reference
 from sateen.ops.packed import check_packed
 
 __all__ = [
     "OP",
     "block_sparse_attention",
+    "block_sparse_attention_native",
     "block_sparse_attention_reference",
     "block_sparse_attention_torch",
 ]
