@@ -22,6 +22,7 @@ namespace nb = nanobind;
 
 namespace sateen {
 void bind_decode(nb::module_& m);  // bindings_decode.cpp
+void bind_int8(nb::module_& m);    // bindings_int8.cpp
 }
 
 namespace {
@@ -152,4 +153,5 @@ NB_MODULE(_native, m) {
     m.def("linear_forward", &linear_forward, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("weight"),
           nb::arg("scales").none(), nb::arg("bias").none(), nb::arg("x"), nb::arg("num_threads"), nb::arg("out"));
     sateen::bind_decode(m);
+    sateen::bind_int8(m);
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sateen.errors import ShapeError, unknown_name
+from sateen.ops.int8_attention.native import int8_attention_native
 from sateen.ops.int8_attention.quantize import Int8Rows, integer_matmul, quantize_int8
 from sateen.ops.int8_attention.reference import OP, P_LEVELS, rows_reference
 from sateen.ops.packed import check_packed
@@ -14,6 +15,7 @@ __all__ = [
     "OP",
     "Int8Rows",
     "int8_attention",
+    "int8_attention_native",
     "int8_rows_attention",
     "int8_sdpa",
     "integer_matmul",
@@ -198,6 +200,7 @@ def int8_rows_attention(
     """
     check_packed(
         "int8_attention",
+    "int8_attention_native",
         q_TNH,
         rows.k_SKH,
         rows.v_SKV,

@@ -1,0 +1,273 @@
+// One block of keys for a few query rows: int8 scores, the online softmax in float32, P as codes, int8 values.
+//
+// P is kept as levels * 2^(score - top), so that a code is its nearest integer and the levels cancel against the row sum.
+#pragma once
+
+#include "attention_rows.h"
+#include "gemm.h"
+#include "int8_quantize.h"
+
+#include <math.h>
+
+namespace sateen::SATEEN_ISA {
+namespace {
+
+constexpr long kMaxBlock = 1024;  // keys
+constexpr long kRows = 48;        // rows of a tile: whole groups of kGroup rows, and of 12 for float values
+
+inline long whole(long n, long to) { return n > 0 ? round_up(n, to) : to; }
+
+// A tile's queries as codes, and what its online softmax carries from one block to the next.
+struct RowStates {
+    float *step, *shift, *top, *sum, *out;  // [kRows]; the size of a code in base-2 scores; what smoothing took off the lse; out [kRows, columns]
+    int* start;                             // [kRows] -128 times the sum of the codes
+    code* codes;                            // [kRows, stride]
+    long stride, columns;
+
+    static long size(long H, long V) { return kRows * (5 + whole(V, 16)) + kRows * whole(H, 64) / 4; }
+
+    RowStates(float* at, long H, long V) : stride(whole(H, 64)), columns(whole(V, 16)) {
+        step = at, shift = at + kRows, top = at + 2 * kRows, sum = at + 3 * kRows;
+        start = reinterpret_cast<int*>(at + 4 * kRows);
+        out = at + 5 * kRows;
+        codes = reinterpret_cast<code*>(out + kRows * columns);
+    }
+
+    // Quantises rows [0, used) and begins; `query(i)` is a row's channels.
+    template <typename RowAt>
+    void begin(RowAt query, long used, long H, float scale, const float* k_mean) {
+        for (long i = 0; i < used; ++i) {
+            const float* const x = query(i);
+            const RowCodes row = quantize_row(x, nullptr, H, scale < 0.0f ? -1.0f : 1.0f, codes + i * stride);
+            for (long c = round_up(H, W); c < round_up(H, 4); ++c) codes[i * stride + c] = 0;
+            const float size = row.scale * (fabsf(scale) * kLog2e);
+            step[i] = size == 0.0f ? 0x1p-126f : size;  // times an invisible key's -inf it must stay that
+            start[i] = -128 * row.sum;
+            float dot = 0.0f;
+            if (k_mean)
+                for (long c = 0; c < H; ++c) dot += x[c] * k_mean[c];
+            shift[i] = scale * dot;
+            top[i] = -kInf, sum[i] = 0.0f;
+        }
+        for (long i = used; i < kRows; ++i) {
+            step[i] = sum[i] = shift[i] = 0.0f, top[i] = -kInf, start[i] = 0;
+            for (long c = 0; c < stride; ++c) codes[i * stride + c] = 0;
+        }
+        for (long i = 0; i < kRows * columns; i += W) store(out + i, vfloat{});
+    }
+};
+
+// Keys [first, first + count) of one sequence and key/value head. Values are codes, or floats [keys, columns].
+struct KeyBlock {
+    const byte* k;
+    const float* k_scale;
+    const code* v;
+    const float* v_float;
+    const float* v_scale;  // one per key, or null
+    long first, count;
+};
+
+struct Form {
+    float levels;      // of P; 1 with float values
+    bool sum_codes;    // the row sum is of the codes
+    long quads;        // of channels
+};
+
+struct BlockScratch {
+    alignas(64) float p[12][kMaxBlock];   // scores, then P
+    alignas(64) byte codes[kGroup][kMaxBlock];
+};
+
+// Scores of ROWS rows from lane `lane` on and stripes [from, to) of a block, without the row's step; returns maxima.
+template <int ROWS, bool MASKED>
+SATEEN_INLINE void score_stripe(const Tile& tile, long lane, const RowStates& s, const KeyBlock& b, long quads, long stripe,
+                                float (*p)[kMaxBlock], vfloat (&most)[ROWS]) {
+    const float* const k_scale = b.k_scale + stripe * kStripe;
+    vint index;
+    for (int i = 0; i < W; ++i) index[i] = i;
+    const auto take = [&](int r, long key, vint sum) SATEEN_LAMBDA {
+        vfloat x = __builtin_convertvector(sum, vfloat) * load(k_scale + key);
+        if constexpr (MASKED) {
+            const vint at = index + splat_int(int(b.first + stripe * kStripe + key));
+            const vint seen = (at <= splat_int(tile.newest[lane + r])) & (at >= splat_int(tile.oldest[lane + r]));
+            x = seen ? x : splat(-kInf);
+        }
+        store(p[r] + stripe * kStripe + key, x);
+        most[r] = maximum(x, most[r]);
+    };
+    multiply_keys<ROWS>(b.k + stripe * quads * kStripe * 4, quads, s.codes + lane * s.stride, s.stride, s.start + lane, take);
+}
+
+SATEEN_INLINE float greatest(vfloat x) {
+    float most = x[0];
+    for (int i = 1; i < W; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+// Four vectors, or what 64 codes are in vectors of this level, of numbers 0..255 to bytes.
+SATEEN_INLINE void store_codes(const vint (&x)[kStripe / W], byte* to) {
+#if defined(__AVX512BW__)
+    const __m512i low = _mm512_packus_epi32((__m512i)x[0], (__m512i)x[1]), high = _mm512_packus_epi32((__m512i)x[2], (__m512i)x[3]);
+    const vint y = (vint)_mm512_packus_epi16(low, high);  // lanes of 128 bits, each with four keys of every vector
+    const vint in_order = __builtin_shufflevector(y, y, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __builtin_memcpy(to, &in_order, sizeof in_order);
+#else
+    typedef byte bytes __attribute__((vector_size(W)));
+    for (int i = 0; i < kStripe / W; ++i) {
+        const vint y = x[i] > 255 ? splat_int(255) : x[i];
+        const bytes narrow = __builtin_convertvector(y, bytes);
+        __builtin_memcpy(to + i * W, &narrow, sizeof narrow);
+    }
+#endif
+}
+
+// Scores of one row and keys [from, to) become P in place and, where `codes` is not null, codes. Returns their sum.
+template <bool SUM_CODES>
+SATEEN_INLINE vfloat exponentials(float* p, byte* codes, long from, long to, float step, float base) {
+    vfloat total{};
+    vint code_total{};
+    for (long at = from; at < to; at += kStripe) {
+        vint rounded[kStripe / W];
+        for (int j = 0; j < kStripe / W; ++j) {
+            const vfloat x = exp2_fast(load(p + at + j * W) * step - base);
+            rounded[j] = nearest(x);
+            if constexpr (SUM_CODES) code_total += rounded[j];
+            else total += x;
+            if (!codes) store(p + at + j * W, x);
+        }
+        if (codes) store_codes(rounded, codes + at);
+    }
+    return SUM_CODES ? __builtin_convertvector(code_total, vfloat) : total;
+}
+
+// Values with a scale per key: P times it becomes codes by the row's own maximum. Returns the size of a code.
+SATEEN_INLINE float weighted_codes(float* p, const float* v_scale, byte* codes, long from, long to) {
+    vfloat most{};
+    for (long at = from; at < to; at += W) {
+        const vfloat x = load(p + at) * load(v_scale + at);
+        store(p + at, x);
+        most = maximum(x, most);
+    }
+    const float size = greatest(most) / 255.0f;
+    const vfloat divisor = splat(size > 0.0f ? size : 1.0f);
+    for (long at = from; at < to; at += kStripe) {
+        vint rounded[kStripe / W];
+        for (int j = 0; j < kStripe / W; ++j) rounded[j] = nearest(load(p + at + j * W) / divisor);
+        store_codes(rounded, codes + at);
+    }
+    return size;
+}
+
+// Folds a block into ROWS rows of a tile from `lane` on.
+template <int ROWS>
+void fold_rows(const Form& form, const Tile& tile, long lane, const RowStates& s, const KeyBlock& b, BlockScratch& scratch,
+               float (*p)[kMaxBlock], float* shrink) {
+    const long used = tile.last - tile.first, last = (lane + ROWS < used ? lane + ROWS : used) - 1;
+    for (int r = 0; r < ROWS; ++r) shrink[r] = 1.0f;
+    if (last < lane) return;
+    // Rows see later keys from one to the next.
+    const long low = tile.oldest[lane] - b.first, high = tile.newest[last] + 1 - b.first;
+    const long end = high < b.count ? high : b.count;
+    const long from = low > 0 ? low / kStripe : 0, to = end > 0 ? (end + kStripe - 1) / kStripe : 0;
+    const auto clear = [&](long begin, long stop) {
+        for (int r = 0; r < ROWS; ++r)
+            for (long i = begin * kStripe; i < stop * kStripe; i += W) store(p[r] + i, vfloat{});
+    };
+    if (from >= to) {
+        if (!b.v) clear(0, (b.count + kStripe - 1) / kStripe);
+        return;
+    }
+    vfloat most[ROWS];
+    for (int r = 0; r < ROWS; ++r) most[r] = splat(-kInf);
+    const long all_above = tile.oldest[last], all_below = tile.newest[lane] + 1;  // every row sees the keys between
+    for (long stripe = from; stripe < to; ++stripe) {
+        const long first = b.first + stripe * kStripe;
+        if (first < all_above || first + kStripe > all_below || (stripe + 1) * kStripe > b.count)
+            score_stripe<ROWS, true>(tile, lane, s, b, form.quads, stripe, p, most);
+        else
+            score_stripe<ROWS, false>(tile, lane, s, b, form.quads, stripe, p, most);
+    }
+    const bool per_key = b.v && b.v_scale;
+    const float lift = b.v && !per_key ? log2f(form.levels) : 0.0f;
+    float size[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        const long i = lane + r;
+        const float before = s.top[i], found = greatest(most[r]) * s.step[i];
+        s.top[i] = found > before ? found : before;
+        const float base = s.top[i] == -kInf ? 0.0f : s.top[i];
+        shrink[r] = exp2_fast(splat(before - base))[0];
+        const long begin = from * kStripe, stop = to * kStripe;
+        byte* const codes = b.v && !per_key ? scratch.codes[r] : nullptr;
+        const vfloat total = form.sum_codes ? exponentials<true>(p[r], codes, begin, stop, s.step[i], base - lift)
+                                            : exponentials<false>(p[r], codes, begin, stop, s.step[i], base - lift);
+        s.sum[i] = s.sum[i] * shrink[r] + sum_lanes(total);
+        size[r] = per_key ? weighted_codes(p[r], b.v_scale, scratch.codes[r], begin, stop) : 1.0f;
+    }
+    if (!b.v) {
+        clear(0, from);
+        clear(to, (b.count + kStripe - 1) / kStripe);
+        return;
+    }
+    const auto take = [&](int r, long column, vint sum) SATEEN_LAMBDA {
+        float* const at = s.out + (lane + r) * s.columns + column;
+        store(at, load(at) * shrink[r] + __builtin_convertvector(sum, vfloat) * size[r]);
+    };
+    const long first_quad = from * kStripe / 4, stop = to * kStripe < b.count ? to * kStripe : b.count;
+    multiply_values<ROWS>(b.v + first_quad * s.columns * 4, s.columns, (stop + 3) / 4 - first_quad, &scratch.codes[0][from * kStripe],
+                          kMaxBlock, take);
+}
+
+inline void fold_group(long rows, const Form& form, const Tile& tile, long lane, const RowStates& s, const KeyBlock& b,
+                       BlockScratch& scratch, float (*p)[kMaxBlock], float* shrink) {
+    if (rows == 1) fold_rows<1>(form, tile, lane, s, b, scratch, p, shrink);
+    else if (rows == 2) fold_rows<2>(form, tile, lane, s, b, scratch, p, shrink);
+    else if (rows == 3) fold_rows<3>(form, tile, lane, s, b, scratch, p, shrink);
+    else if (rows == 4) fold_rows<4>(form, tile, lane, s, b, scratch, p, shrink);
+    else fold_rows<kGroup>(form, tile, lane, s, b, scratch, p, shrink);
+}
+
+// Folds a block into all rows of a tile.
+inline void fold_block(const Form& form, const Tile& tile, const RowStates& s, const KeyBlock& b, BlockScratch& scratch) {
+    const long used = tile.last - tile.first;
+    float shrink[12];
+    if (b.v) {
+        const long groups = divide_up(used, kGroup), even = divide_up(used, groups), rows = even == 5 ? kGroup : even;
+        for (long lane = 0; lane < used; lane += rows) fold_group(rows, form, tile, lane, s, b, scratch, scratch.p, shrink);
+        return;
+    }
+    for (long lane = 0; lane < used; lane += 12) {
+        for (long r = 0; r < 12; r += kGroup)
+            fold_rows<kGroup>(form, tile, lane + r, s, b, scratch, scratch.p + r, shrink + r);
+        for (long r = 0; r < 12; ++r)
+            if (shrink[r] != 1.0f)
+                for (long c = 0; c < s.columns; c += W) {
+                    float* const at = s.out + (lane + r) * s.columns + c;
+                    store(at, load(at) * shrink[r]);
+                }
+        multiply<false, Into::add>({scratch.p[0], kMaxBlock, b.v_float, s.columns, s.out + lane * s.columns, s.columns}, 12,
+                                   s.columns, b.count);
+    }
+}
+
+// Divides by the row sums, applies the sinks, and writes the tile's rows of `out` and `lse`.
+// `v_scale` is per channel, null where P already has it.
+template <typename Problem>
+void finish(const Problem& p, const Sequence& s, const Tile& tile, const RowStates& states, long head, const float* v_scale,
+            float levels) {
+    const long group = p.N / p.K;
+    for (long i = 0; i < tile.last - tile.first; ++i) {
+        const long row = tile.first + i, n = head * group + row % group, t = s.q0 + row / group;
+        float* const out = p.out + (t * p.N + n) * p.V;
+        const float sum = states.sum[i];
+        const bool is_empty = tile.newest[i] < tile.oldest[i] || s.num_keys == 0;
+        const float lse = is_empty ? -kInf : states.top[i] * kLn2 + logf(sum / levels) + states.shift[i];
+        p.lse[n * p.T + t] = lse;
+        float factor = is_empty ? 0.0f : 1.0f / sum;
+        if (p.sink && !is_empty) factor /= 1.0f + expf(p.sink[n] - lse);
+        const float* const from = states.out + i * states.columns;
+        for (long c = 0; c < p.V; ++c) out[c] = from[c] * factor * (v_scale ? v_scale[c] : 1.0f);
+    }
+}
+
+}  // namespace
+}  // namespace sateen::SATEEN_ISA
