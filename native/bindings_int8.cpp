@@ -75,6 +75,27 @@ void int8_attention(const Floats3& q, const Floats3& k, const Floats3& v, const 
     SATEEN_DISPATCH(int8_attention, p);
 }
 
+using Codes = Dense<const signed char, 3>;
+using Scales = Dense<const float, 2>;
+
+void int8_rows_attention(const Floats3& q, const Codes& k, const Scales& k_scale, const Codes& v, const Scales& v_scale,
+                         const Dense<const float, 3>& k_mean, const Offsets& cu_q, const Offsets& cu_k, const Sinks& sink,
+                         double scale, long window, long block, int num_threads, Dense<float, 3>& out, Dense<float, 2>& lse) {
+    Int8RowsAttention p{};
+    p.q = rows(q);
+    p.T = long(q.shape(0)), p.N = long(q.shape(1)), p.H = long(q.shape(2));
+    p.S = long(k.shape(0)), p.K = long(k.shape(1)), p.V = long(v.shape(2));
+    require(has_shape(k, p.S, p.K, p.H) && has_shape(v, p.S, p.K, p.V), "q, k and v have one shape each way");
+    for (const Scales* scales : {&k_scale, &v_scale})
+        require(long(scales->shape(0)) == p.S && long(scales->shape(1)) == p.K, "scales are [S, K]");
+    fill(p, cu_q, cu_k, sink, scale, window, block, num_threads, out, lse);
+    require(has_shape(k_mean, p.num_sequences, p.K, p.H), "key means are [B, K, H]");
+    p.k_codes = k.data(), p.v_codes = v.data(), p.k_scale = k_scale.data(), p.v_scale = v_scale.data();
+    p.k_mean = k_mean.data(), p.block = block, p.out = out.data(), p.lse = lse.data();
+    nb::gil_scoped_release release;
+    SATEEN_DISPATCH(int8_rows_attention, p);
+}
+
 void int8_scores(const Dense<const signed char, 2>& q, const Dense<const signed char, 2>& k, Dense<int, 2>& out) {
     require(q.shape(1) == k.shape(1) && out.shape(0) == q.shape(0) && out.shape(1) == k.shape(0), "q [M, L], k [S, L], out [M, S]");
     const Int8Products p{q.data(), nullptr, k.data(), long(q.shape(0)), long(q.shape(1)), long(k.shape(0)), out.data()};
@@ -95,6 +116,9 @@ void bind_int8(nb::module_& m) {
           nb::arg("sink").none(), nb::arg("scale"), nb::arg("is_causal"), nb::arg("window"), nb::arg("smooth_k"),
           nb::arg("float_values"), nb::arg("levels"), nb::arg("scale_per_channel"), nb::arg("sum_codes"), nb::arg("block"),
           nb::arg("num_threads"), nb::arg("out"), nb::arg("lse"));
+    m.def("int8_rows_attention", &int8_rows_attention, nb::arg("q"), nb::arg("k"), nb::arg("k_scale"), nb::arg("v"),
+          nb::arg("v_scale"), nb::arg("k_mean"), nb::arg("cu_q"), nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("scale"),
+          nb::arg("window"), nb::arg("block"), nb::arg("num_threads"), nb::arg("out"), nb::arg("lse"));
     m.def("int8_scores", &int8_scores, nb::arg("q"), nb::arg("k"), nb::arg("out"));
     m.def("int8_weighted", &int8_weighted, nb::arg("shares"), nb::arg("v"), nb::arg("out"));
 }

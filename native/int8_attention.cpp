@@ -126,7 +126,7 @@ void attend(const Int8Attention& p, const Packed& w, long number) {
     RowStates states(memory + sizeof(BlockScratch) / sizeof(float), p.H, p.V);
     const auto query = [&](long i) { return p.q.at(s.q0 + (row + i) / group, head * group + (row + i) % group); };
     states.begin(query, tile.last - tile.first, p.H, p.scale, p.smooth_k && s.num_keys ? w.k_mean + unit * whole(p.H, 16) : nullptr);
-    const Form form{float(p.float_values ? 1 : p.levels), p.sum_codes, w.H4 / 4};
+    const Form form{float(p.levels), p.sum_codes, w.H4 / 4};
     for (long first = tile.low / p.block * p.block; first < tile.high; first += p.block) {
         const long stripe = w.stripe(p, sequence, head) + first / kStripe;
         KeyBlock block{};
@@ -136,7 +136,8 @@ void attend(const Int8Attention& p, const Packed& w, long number) {
         block.first = first, block.count = s.num_keys - first < p.block ? s.num_keys - first : p.block;
         fold_block(form, tile, states, block, scratch);
     }
-    finish(p, s, tile, states, head, p.float_values ? nullptr : w.v_scale + unit * w.V16, form.levels);
+    if (p.float_values) finish(p, s, tile, states, head, nullptr, 1.0f);
+    else finish(p, s, tile, states, head, w.v_scale + unit * w.V16, form.levels);
 }
 
 }  // namespace

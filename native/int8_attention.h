@@ -35,7 +35,7 @@ struct Int8Products {
 };
 
 SATEEN_DECLARE(int8_attention, Int8Attention)
-//SATEEN_DECLARE(int8_rows_attention, Int8RowsAttention)
+SATEEN_DECLARE(int8_rows_attention, Int8RowsAttention)
 SATEEN_DECLARE(int8_products, Int8Products)
 
 }  // namespace sateen

@@ -1,6 +1,6 @@
 // One block of keys for a few query rows: int8 scores, the online softmax in float32, P as codes, int8 values.
 //
-// P is kept as levels * 2^(score - top), so that a code is its nearest integer and the levels cancel against the row sum.
+// The levels of the codes leave the sums at the end, against the row sum.
 #pragma once
 
 #include "attention_rows.h"
@@ -13,6 +13,7 @@ namespace sateen::SATEEN_ISA {
 namespace {
 
 constexpr long kMaxBlock = 1024;  // keys
+constexpr long kPitch = kMaxBlock + 64;  // rows of a power of two bytes would evict each other from the cache
 constexpr long kRows = 48;        // rows of a tile: whole groups of kGroup rows, and of 12 for float values
 
 inline long whole(long n, long to) { return n > 0 ? round_up(n, to) : to; }
@@ -40,8 +41,7 @@ struct RowStates {
             const float* const x = query(i);
             const RowCodes row = quantize_row(x, nullptr, H, scale < 0.0f ? -1.0f : 1.0f, codes + i * stride);
             for (long c = round_up(H, W); c < round_up(H, 4); ++c) codes[i * stride + c] = 0;
-            const float size = row.scale * (fabsf(scale) * kLog2e);
-            step[i] = size == 0.0f ? 0x1p-126f : size;  // times an invisible key's -inf it must stay that
+            step[i] = row.scale * (fabsf(scale) * kLog2e);
             start[i] = -128 * row.sum;
             float dot = 0.0f;
             if (k_mean)
@@ -68,25 +68,25 @@ struct KeyBlock {
 };
 
 struct Form {
-    float levels;      // of P; 1 with float values
+    float levels;      // of the codes of P
     bool sum_codes;    // the row sum is of the codes
     long quads;        // of channels
 };
 
 struct BlockScratch {
-    alignas(64) float p[12][kMaxBlock];   // scores, then P
-    alignas(64) byte codes[kGroup][kMaxBlock];
+    alignas(64) float p[12][kPitch];   // scores, then P
+    alignas(64) byte codes[kGroup][kPitch];
 };
 
-// Scores of ROWS rows from lane `lane` on and stripes [from, to) of a block, without the row's step; returns maxima.
+// Base-2 scores of ROWS rows from lane `lane` on and one stripe of a block; `most` keeps their maxima.
 template <int ROWS, bool MASKED>
-SATEEN_INLINE void score_stripe(const Tile& tile, long lane, const RowStates& s, const KeyBlock& b, long quads, long stripe,
-                                float (*p)[kMaxBlock], vfloat (&most)[ROWS]) {
+SATEEN_APART void score_stripe(const Tile& tile, long lane, const RowStates& s, const KeyBlock& b, long quads, long stripe,
+                                float (*p)[kPitch], vfloat (&most)[ROWS]) {
     const float* const k_scale = b.k_scale + stripe * kStripe;
     vint index;
     for (int i = 0; i < W; ++i) index[i] = i;
     const auto take = [&](int r, long key, vint sum) SATEEN_LAMBDA {
-        vfloat x = __builtin_convertvector(sum, vfloat) * load(k_scale + key);
+        vfloat x = __builtin_convertvector(sum, vfloat) * s.step[lane + r] * load(k_scale + key);
         if constexpr (MASKED) {
             const vint at = index + splat_int(int(b.first + stripe * kStripe + key));
             const vint seen = (at <= splat_int(tile.newest[lane + r])) & (at >= splat_int(tile.oldest[lane + r]));
@@ -98,10 +98,11 @@ SATEEN_INLINE void score_stripe(const Tile& tile, long lane, const RowStates& s,
     multiply_keys<ROWS>(b.k + stripe * quads * kStripe * 4, quads, s.codes + lane * s.stride, s.stride, s.start + lane, take);
 }
 
+template <int D = W / 2>
 SATEEN_INLINE float greatest(vfloat x) {
-    float most = x[0];
-    for (int i = 1; i < W; ++i) most = x[i] > most ? x[i] : most;
-    return most;
+    x = maximum(x, from_bits(swap<D>(bits(x), std::make_integer_sequence<int, W>{})));
+    if constexpr (D > 1) return greatest<D / 2>(x);
+    else return x[0];
 }
 
 // Four vectors, or what 64 codes are in vectors of this level, of numbers 0..255 to bytes.
@@ -123,25 +124,25 @@ SATEEN_INLINE void store_codes(const vint (&x)[kStripe / W], byte* to) {
 
 // Scores of one row and keys [from, to) become P in place and, where `codes` is not null, codes. Returns their sum.
 template <bool SUM_CODES>
-SATEEN_INLINE vfloat exponentials(float* p, byte* codes, long from, long to, float step, float base) {
+SATEEN_APART vfloat exponentials(float* p, byte* codes, long from, long to, float base, float levels) {
     vfloat total{};
     vint code_total{};
     for (long at = from; at < to; at += kStripe) {
         vint rounded[kStripe / W];
         for (int j = 0; j < kStripe / W; ++j) {
-            const vfloat x = exp2_fast(load(p + at + j * W) * step - base);
-            rounded[j] = nearest(x);
+            const vfloat x = exp2_fast(load(p + at + j * W) - base);
+            rounded[j] = nearest(x * levels);
             if constexpr (SUM_CODES) code_total += rounded[j];
             else total += x;
             if (!codes) store(p + at + j * W, x);
         }
         if (codes) store_codes(rounded, codes + at);
     }
-    return SUM_CODES ? __builtin_convertvector(code_total, vfloat) : total;
+    return SUM_CODES ? __builtin_convertvector(code_total, vfloat) / levels : total;
 }
 
 // Values with a scale per key: P times it becomes codes by the row's own maximum. Returns the size of a code.
-SATEEN_INLINE float weighted_codes(float* p, const float* v_scale, byte* codes, long from, long to) {
+SATEEN_APART inline float weighted_codes(float* p, const float* v_scale, byte* codes, long from, long to) {
     vfloat most{};
     for (long at = from; at < to; at += W) {
         const vfloat x = load(p + at) * load(v_scale + at);
@@ -149,19 +150,34 @@ SATEEN_INLINE float weighted_codes(float* p, const float* v_scale, byte* codes, 
         most = maximum(x, most);
     }
     const float size = greatest(most) / 255.0f;
-    const vfloat divisor = splat(size > 0.0f ? size : 1.0f);
+    const vfloat per_size = splat(size > 0.0f ? 1.0f / size : 0.0f);
     for (long at = from; at < to; at += kStripe) {
         vint rounded[kStripe / W];
-        for (int j = 0; j < kStripe / W; ++j) rounded[j] = nearest(load(p + at + j * W) / divisor);
+        for (int j = 0; j < kStripe / W; ++j) rounded[j] = nearest(load(p + at + j * W) * per_size);
         store_codes(rounded, codes + at);
     }
     return size;
 }
 
+// out [ROWS, columns] = out * shrink + (codes of P times values) * size.
+template <int ROWS>
+SATEEN_APART void add_values(const code* v, long quads, const byte* codes, float* out, long columns, const float* shrink,
+                             const float* size) {
+    const auto take = [&](int r, long column, vint sum) SATEEN_LAMBDA {
+        float* const at = out + r * columns + column;
+        store(at, load(at) * shrink[r] + __builtin_convertvector(sum, vfloat) * size[r]);
+    };
+    multiply_values<ROWS>(v, columns, quads, codes, kPitch, take);
+}
+
+SATEEN_APART inline void add_float_values(const float* v, long keys, const float* p, float* out, long columns) {
+    multiply<false, Into::add>({p, kPitch, v, columns, out, columns}, 12, columns, keys);
+}
+
 // Folds a block into ROWS rows of a tile from `lane` on.
 template <int ROWS>
 void fold_rows(const Form& form, const Tile& tile, long lane, const RowStates& s, const KeyBlock& b, BlockScratch& scratch,
-               float (*p)[kMaxBlock], float* shrink) {
+               float (*p)[kPitch], float* shrink) {
     const long used = tile.last - tile.first, last = (lane + ROWS < used ? lane + ROWS : used) - 1;
     for (int r = 0; r < ROWS; ++r) shrink[r] = 1.0f;
     if (last < lane) return;
@@ -188,18 +204,17 @@ void fold_rows(const Form& form, const Tile& tile, long lane, const RowStates& s
             score_stripe<ROWS, false>(tile, lane, s, b, form.quads, stripe, p, most);
     }
     const bool per_key = b.v && b.v_scale;
-    const float lift = b.v && !per_key ? log2f(form.levels) : 0.0f;
     float size[ROWS];
     for (int r = 0; r < ROWS; ++r) {
         const long i = lane + r;
-        const float before = s.top[i], found = greatest(most[r]) * s.step[i];
+        const float before = s.top[i], found = greatest(most[r]);
         s.top[i] = found > before ? found : before;
         const float base = s.top[i] == -kInf ? 0.0f : s.top[i];
         shrink[r] = exp2_fast(splat(before - base))[0];
         const long begin = from * kStripe, stop = to * kStripe;
         byte* const codes = b.v && !per_key ? scratch.codes[r] : nullptr;
-        const vfloat total = form.sum_codes ? exponentials<true>(p[r], codes, begin, stop, s.step[i], base - lift)
-                                            : exponentials<false>(p[r], codes, begin, stop, s.step[i], base - lift);
+        const vfloat total = form.sum_codes ? exponentials<true>(p[r], codes, begin, stop, base, form.levels)
+                                            : exponentials<false>(p[r], codes, begin, stop, base, form.levels);
         s.sum[i] = s.sum[i] * shrink[r] + sum_lanes(total);
         size[r] = per_key ? weighted_codes(p[r], b.v_scale, scratch.codes[r], begin, stop) : 1.0f;
     }
@@ -208,17 +223,13 @@ void fold_rows(const Form& form, const Tile& tile, long lane, const RowStates& s
         clear(to, (b.count + kStripe - 1) / kStripe);
         return;
     }
-    const auto take = [&](int r, long column, vint sum) SATEEN_LAMBDA {
-        float* const at = s.out + (lane + r) * s.columns + column;
-        store(at, load(at) * shrink[r] + __builtin_convertvector(sum, vfloat) * size[r]);
-    };
     const long first_quad = from * kStripe / 4, stop = to * kStripe < b.count ? to * kStripe : b.count;
-    multiply_values<ROWS>(b.v + first_quad * s.columns * 4, s.columns, (stop + 3) / 4 - first_quad, &scratch.codes[0][from * kStripe],
-                          kMaxBlock, take);
+    add_values<ROWS>(b.v + first_quad * s.columns * 4, (stop + 3) / 4 - first_quad, &scratch.codes[0][from * kStripe],
+                     s.out + lane * s.columns, s.columns, shrink, size);
 }
 
 inline void fold_group(long rows, const Form& form, const Tile& tile, long lane, const RowStates& s, const KeyBlock& b,
-                       BlockScratch& scratch, float (*p)[kMaxBlock], float* shrink) {
+                       BlockScratch& scratch, float (*p)[kPitch], float* shrink) {
     if (rows == 1) fold_rows<1>(form, tile, lane, s, b, scratch, p, shrink);
     else if (rows == 2) fold_rows<2>(form, tile, lane, s, b, scratch, p, shrink);
     else if (rows == 3) fold_rows<3>(form, tile, lane, s, b, scratch, p, shrink);
@@ -244,13 +255,12 @@ inline void fold_block(const Form& form, const Tile& tile, const RowStates& s, c
                     float* const at = s.out + (lane + r) * s.columns + c;
                     store(at, load(at) * shrink[r]);
                 }
-        multiply<false, Into::add>({scratch.p[0], kMaxBlock, b.v_float, s.columns, s.out + lane * s.columns, s.columns}, 12,
-                                   s.columns, b.count);
+        add_float_values(b.v_float, b.count, scratch.p[0], s.out + lane * s.columns, s.columns);
     }
 }
 
 // Divides by the row sums, applies the sinks, and writes the tile's rows of `out` and `lse`.
-// `v_scale` is per channel, null where P already has it.
+// `v_scale` is per channel and `levels` what P's codes count to; null and 1 where the values have them already.
 template <typename Problem>
 void finish(const Problem& p, const Sequence& s, const Tile& tile, const RowStates& states, long head, const float* v_scale,
             float levels) {
@@ -260,12 +270,13 @@ void finish(const Problem& p, const Sequence& s, const Tile& tile, const RowStat
         float* const out = p.out + (t * p.N + n) * p.V;
         const float sum = states.sum[i];
         const bool is_empty = tile.newest[i] < tile.oldest[i] || s.num_keys == 0;
-        const float lse = is_empty ? -kInf : states.top[i] * kLn2 + logf(sum / levels) + states.shift[i];
+        const float lse = is_empty ? -kInf : states.top[i] * kLn2 + logf(sum) + states.shift[i];
         p.lse[n * p.T + t] = lse;
-        float factor = is_empty ? 0.0f : 1.0f / sum;
-        if (p.sink && !is_empty) factor /= 1.0f + expf(p.sink[n] - lse);
+        float factor = 1.0f / (sum * levels);
+        if (p.sink) factor /= 1.0f + expf(p.sink[n] - lse);
         const float* const from = states.out + i * states.columns;
-        for (long c = 0; c < p.V; ++c) out[c] = from[c] * factor * (v_scale ? v_scale[c] : 1.0f);
+        // An empty row's values and scales may be anything, also not finite.
+        for (long c = 0; c < p.V; ++c) out[c] = is_empty ? 0.0f : from[c] * factor * (v_scale ? v_scale[c] : 1.0f);
     }
 }
 
