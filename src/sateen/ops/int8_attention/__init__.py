@@ -66,8 +66,8 @@ def int8_attention(
         p_bits: codes of P: `u8` 0..255, or the paper's `s8` 0..127.
         v_granularity: one scale of the values per sequence and head (`head`) or also per `channel`.
         row_sum: what the softmax divides by: the sum of P as floats (`float`) or of its codes (`int8`).
-        block_size: keys per block; P is rounded against the running maximum of the blocks so far. None: as the
-            backend likes.
+        block_size: keys per block; P is rounded against the running maximum of the blocks so far. None: the
+            backend's own.
         return_lse: also return the log-sum-exp of the scaled scores, float32 [N, T], the sink not included.
         backend: `auto`, or one of `OP.backends`.
 
