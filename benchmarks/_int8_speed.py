@@ -1,7 +1,7 @@
-"""The speed part of `int8_attention.py`: prompts against torch's attention, decoding against a bfloat16 cache.
+"""The speed part of `int8_attention.py`: prompts beside torch's attention, decoding beside a bfloat16 cache.
 
-Both sides of a pair start from the same float tensors in their own dtype and layout; quantisation counts. Times
-are processor milliseconds of all threads, which say more than the clock where others use the machine.
+Both sides of a pair start from the same float tensors in their own dtype and layout; quantisation counts.
+Times are processor milliseconds of all threads, which say more than the clock where others use the machine.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def prefill(tokens: list[int], channels: list[int], pairs: int) -> list[dict[str
             rows.append(
                 row(
                     what, (ours, times[ours]), (peer, times[peer]), unit="ms",
-                    bar=PREFILL_BAR.get(H) if counts else None, target=PREFILL_TARGET.get(H) if counts else None,
+                    bar=PREFILL_BAR.get(H) if counts else None,
+                    target=PREFILL_TARGET.get(H) if counts else None,
                     ratio=ratios(times[peer], times[ours]),
                 )
             )  # fmt: skip

@@ -4,15 +4,14 @@
 
 Errors are of random queries, keys and values [1, 4, 1024, 64] without a mask, as in the INT-FlashAttention
 paper (arXiv 2409.16997), of two inputs that are closer to language models, and, with `--model`, of what a
-model's own attention gets when it reads Python's documentation, causal. The FP8 rows are simulations in torch:
-what is cast rounds as FP8 does, sums are float32. The speed part is `_int8_speed.py`; the kernels' tests run
-before it.
+model's own attention gets when it reads Python's documentation, causal. The FP8 rows are simulations in
+torch: what is cast rounds as FP8 does, sums are float32. The speed part is `_int8_speed.py`; the kernels'
+tests run before it.
 """
 
 from __future__ import annotations
 
 import argparse
-import pydoc_data.topics
 import statistics
 import subprocess
 import sys
@@ -21,55 +20,19 @@ from pathlib import Path
 
 import _int8_speed
 import torch
+from _int8_inputs import CAPTURED_LAYERS, CHANNELS, HEADS, INPUTS, QKV, TOKENS, captured
 from _pairs import limit, line
 from _results import ROOT, is_dirty, publish, result_file, revision
 from torch import Tensor
 from torch.nn import functional as F
 
 from sateen import ops
-from sateen.checkpoint.hf import load_model
-from sateen.data.tokenizer import Tokenizer
-from sateen.nn.attention import full
 from sateen.ops.native import native
 from sateen.receipt.machine import hardware, versions
 
-HEADS, CHANNELS, TOKENS = 4, 64, 1024
 TESTS = [ROOT / "tests" / "ops" / f"test_int8_attention{part}.py" for part in ("", "_native")]
-CAPTURED_LAYERS = 5  # of a model, evenly from its first to its last
 # INT-FlashAttention's abstract and section 4: how much smaller its mean relative error is than its baseline's
 SMALLER = {"uniform": 0.82, "normal": 0.46}
-
-QKV = tuple[Tensor, Tensor, Tensor]
-
-
-def normal(N: int, generator: torch.Generator) -> QKV:
-    q, k, v = (torch.randn(1, HEADS, N, CHANNELS, generator=generator) for _ in range(3))
-    return q, k, v
-
-
-def uniform(N: int, generator: torch.Generator) -> QKV:
-    q, k, v = (torch.rand(1, HEADS, N, CHANNELS, generator=generator) - 0.5 for _ in range(3))
-    return q, k, v
-
-
-def offset_keys(N: int, generator: torch.Generator) -> QKV:
-    q, k, v = normal(N, generator)
-    k = k + 5 * torch.randn(1, HEADS, 1, CHANNELS, generator=generator)
-    return q, k, v * torch.where(torch.arange(CHANNELS) % 16 == 0, 20.0, 1.0)
-
-
-def token_outliers(N: int, generator: torch.Generator) -> QKV:
-    return tuple(
-        x * torch.where(torch.arange(N) % 128 == 5, 10.0, 1.0)[:, None] for x in normal(N, generator)
-    )  # type: ignore[return-value]
-
-
-INPUTS: dict[str, tuple[str, Callable[[int, torch.Generator], QKV]]] = {
-    "normal": ("N(0, 1)", normal),
-    "uniform": ("U(-0.5, 0.5)", uniform),
-    "offset": ("N(0, 1); keys plus 5 N(0, 1) per channel, every 16th value channel times 20", offset_keys),
-    "outliers": ("N(0, 1); every 128th token times 10 in q, k and v", token_outliers),
-}
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,7 +86,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
 def int8(**options: object) -> Attend:
-    return lambda q, k, v, causal: ops.int8_sdpa(q, k, v, causal=causal, **options)  # type: ignore[arg-type, return-value]
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return ops.int8_sdpa(q, k, v, causal=causal, **options)  # type: ignore[arg-type, return-value]
+
+    return attend
 
 
 def sdpa(dtype: torch.dtype) -> Attend:
@@ -167,30 +133,6 @@ def truth(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return P / P.sum(-1, keepdim=True) @ v
 
 
-@torch.inference_mode()
-def captured(path: Path) -> list[QKV]:
-    """Queries, keys and values of some layers of a model that reads text, all once per query head."""
-    model = load_model(path, dtype="float32").eval()
-    text = "\n".join(pydoc_data.topics.topics.values())
-    ids = Tokenizer.load(path).encode(text)[:TOKENS]
-    found: list[QKV] = []
-    attend = ops.attention
-
-    def keep(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
-        group = q.shape[1] // k.shape[1]
-        packed = (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
-        found.append(tuple(x.transpose(0, 1)[None].contiguous() for x in packed))  # type: ignore[arg-type]
-        return attend(q, k, v, **options)  # type: ignore[arg-type, return-value]
-
-    full.ops.attention = keep  # type: ignore[assignment]
-    try:
-        model(torch.tensor([ids]))
-    finally:
-        full.ops.attention = attend
-    last = len(found) - 1
-    return [found[last * i // (CAPTURED_LAYERS - 1)] for i in range(CAPTURED_LAYERS)]
-
-
 def error_rows(data: dict[str, list[QKV]]) -> list[dict[str, object]]:
     """Every variant on every input, the mean over its samples; a model's inputs are causal."""
     results: list[dict[str, object]] = []
@@ -218,8 +160,8 @@ def error_limits(results: list[dict[str, object]]) -> list[dict[str, object]]:
             (f"MRE, {smaller:.0%} below e5m2", e5m2, 1 - smaller, "mre_percent"),
             ("relative L2, below e4m3 with scales", e4m3, 1.0, "relative_l2_percent"),
         ):
-            bound = allowed * float(peer[key])  # type: ignore[arg-type]
-            limits.append(limit(f"{name}: {what}", float(ours[key]), bound, unit="percent"))  # type: ignore[arg-type]
+            found, bound = (float(side[key]) for side in (ours, peer))  # type: ignore[arg-type]
+            limits.append(limit(f"{name}: {what}", found, allowed * bound, unit="percent"))
             print(line(limits[-1]), file=sys.stderr)
     return limits
 
@@ -266,7 +208,8 @@ def main() -> int:
     results = error_rows(data)
     document = {
         "what": "errors against float64 attention, mean over seeds or layers; MRE = mean |o - o_ref| / "
-        "(|o_ref| + 1e-5) over the whole output; speed in processor milliseconds, quantisation included, ratio = peer / ours",
+        "(|o_ref| + 1e-5) over the whole output; speed in processor milliseconds, quantisation included; "
+        "ratio = peer / ours",
         "command": f"sateen bench int8-attention {' '.join(sys.argv[1:])}".strip(),
         "hardware": {**hardware(), "threads": torch.get_num_threads(), "isa": native().current_isa()},
         "versions": versions(),

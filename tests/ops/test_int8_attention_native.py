@@ -1,9 +1,9 @@
 """The compiled int8 attention: integers against NumPy, results against float64 attention and the reference.
 
-Every instruction set of this machine runs. Against the reference the relative L2 error is at most 2e-3: codes
-of queries and values and all integer products are equal; exponentials differ by 1e-7, which moves a code of P
-by one where a number lies on a border between two: a few of ten thousand, by a 255th of the largest weight. Key
-means are summed in another order, with the same effect on codes of keys.
+Every instruction set of this machine runs. Against the reference the relative L2 error is at most 2e-3:
+codes of queries and values and all integer products are equal. Exponentials differ by 1e-7, which moves a
+code of P by one where a number lies on a border between two: a few of ten thousand, by a 255th of the
+largest weight. Means of keys are summed in another order, with the same effect on codes of keys.
 """
 
 from __future__ import annotations
