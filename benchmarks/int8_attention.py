@@ -1,65 +1,38 @@
-"""Errors of INT8 attention beside FP8 simulations, bfloat16 and float32, against float64 attention.
+"""INT8 attention: errors against float64 attention, and speed against torch's attention and a bfloat16 cache.
 
-    sateen bench int8-attention --tokens 1024 --seeds 3
+    sateen bench int8-attention --model DIR --tokens 1024 2048 4096 --context 8192 32768
 
-Inputs are random queries, keys and values [1, 4, N, 64] without a mask, as in the INT-FlashAttention paper
-(arXiv 2409.16997), and two that are closer to language models. The FP8 rows are simulations in torch: what
-is cast rounds as FP8 does, sums are float32. The milliseconds are those of a plain reference on the CPU that
-computes the integer products in float32; they say nothing about the speed of an int8 kernel.
+Errors are of random queries, keys and values [1, 4, 1024, 64] without a mask, as in the INT-FlashAttention
+paper (arXiv 2409.16997), of two inputs that are closer to language models, and, with `--model`, of what a
+model's own attention gets when it reads Python's documentation, causal. The FP8 rows are simulations in
+torch: what is cast rounds as FP8 does, sums are float32. The speed part is `_int8_speed.py`; the kernels'
+tests run before it.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
+import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import _int8_speed
 import torch
-from _results import is_dirty, publish, result_file, revision
+from _int8_inputs import CAPTURED_LAYERS, CHANNELS, HEADS, INPUTS, QKV, TOKENS, captured
+from _pairs import limit, line
+from _results import ROOT, is_dirty, publish, result_file, revision
 from torch import Tensor
 from torch.nn import functional as F
 
 from sateen import ops
+from sateen.ops.native import native
 from sateen.receipt.machine import hardware, versions
 
-HEADS, CHANNELS = 4, 64
-WARMUP, REPEATS = 1, 5
-
-QKV = tuple[Tensor, Tensor, Tensor]
-
-
-def normal(N: int, generator: torch.Generator) -> QKV:
-    q, k, v = (torch.randn(1, HEADS, N, CHANNELS, generator=generator) for _ in range(3))
-    return q, k, v
-
-
-def uniform(N: int, generator: torch.Generator) -> QKV:
-    q, k, v = (torch.rand(1, HEADS, N, CHANNELS, generator=generator) - 0.5 for _ in range(3))
-    return q, k, v
-
-
-def offset_keys(N: int, generator: torch.Generator) -> QKV:
-    q, k, v = normal(N, generator)
-    k = k + 5 * torch.randn(1, HEADS, 1, CHANNELS, generator=generator)
-    return q, k, v * torch.where(torch.arange(CHANNELS) % 16 == 0, 20.0, 1.0)
-
-
-def token_outliers(N: int, generator: torch.Generator) -> QKV:
-    return tuple(
-        x * torch.where(torch.arange(N) % 128 == 5, 10.0, 1.0)[:, None] for x in normal(N, generator)
-    )  # type: ignore[return-value]
-
-
-INPUTS: dict[str, tuple[str, Callable[[int, torch.Generator], QKV]]] = {
-    "normal": ("N(0, 1)", normal),
-    "uniform": ("U(-0.5, 0.5)", uniform),
-    "offset": ("N(0, 1); keys plus 5 N(0, 1) per channel, every 16th value channel times 20", offset_keys),
-    "outliers": ("N(0, 1); every 128th token times 10 in q, k and v", token_outliers),
-}
+TESTS = [ROOT / "tests" / "ops" / f"test_int8_attention{part}.py" for part in ("", "_native")]
+# INT-FlashAttention's abstract and section 4: how much smaller its mean relative error is than its baseline's
+SMALLER = {"uniform": 0.82, "normal": 0.46}
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,50 +40,66 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-limit, limit).to(dtype).float()
 
 
-def fp8_e5m2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def weights(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """Unnormalised probabilities, at most 1."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+    return (scores - scores.amax(-1, keepdim=True)).exp()
+
+
+def fp8_e5m2(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """The published FP8 baseline: unscaled casts of q, k, v and P; the row sum is of the uncast P."""
     q, k, v = (cast(x, torch.float8_e5m2) for x in (q, k, v))
-    scores = q @ k.mT * CHANNELS**-0.5
-    P = (scores - scores.amax(-1, keepdim=True)).exp()
+    P = weights(q, k, causal)
     return cast(P, torch.float8_e5m2) @ v / P.sum(-1, keepdim=True)
 
 
-def fp8_e4m3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def fp8_e4m3(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """A scale per head for q, k and v; P, at most 1, is cast times 256, away from the subnormal numbers."""
     largest = torch.finfo(torch.float8_e4m3fn).max
     scales = [x.abs().amax((-1, -2), keepdim=True) / largest for x in (q, k, v)]
     q, k, v = (cast(x / s, torch.float8_e4m3fn) * s for x, s in zip((q, k, v), scales, strict=True))
-    scores = q @ k.mT * CHANNELS**-0.5
-    P = (scores - scores.amax(-1, keepdim=True)).exp()
+    P = weights(q, k, causal)
     return cast(P * 256, torch.float8_e4m3fn) / 256 @ v / P.sum(-1, keepdim=True)
 
 
-def int8_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def int8_rows(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """The form of the engine's cache: values with a scale per token."""
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     mean = k.mean(0)
     (k8, k_scale), (v8, v_scale) = ops.quantize_int8(k - mean), ops.quantize_int8(v)
     rows = ops.Int8Rows(k8, k_scale.squeeze(-1), v8, v_scale.squeeze(-1), mean[None])
+    cu_k = torch.tensor([0, len(k)])
+    if causal:
+        out = ops.int8_rows_attention(q, rows, cu_seqlens_q=cu_k, cu_seqlens_k=cu_k)
+        return out.transpose(0, 1)[None]  # type: ignore[union-attr]
     # This form is causal; a lone query at the end sees all keys. Every 16th query is enough for an average.
     steps = [
-        ops.int8_rows_attention(
-            q[t : t + 1], rows, cu_seqlens_q=torch.tensor([0, 1]), cu_seqlens_k=torch.tensor([0, len(k)])
-        )
+        ops.int8_rows_attention(q[t : t + 1], rows, cu_seqlens_q=torch.tensor([0, 1]), cu_seqlens_k=cu_k)
         for t in range(0, len(q), 16)
     ]
     return torch.cat(steps).transpose(0, 1)[None]  # type: ignore[arg-type]
 
 
-def int8(**options: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda q, k, v: ops.int8_sdpa(q, k, v, **options)  # type: ignore[arg-type, return-value]
+Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
-def sdpa(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda q, k, v: F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype)).float()
+def int8(**options: object) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return ops.int8_sdpa(q, k, v, causal=causal, **options)  # type: ignore[arg-type, return-value]
+
+    return attend
+
+
+def sdpa(dtype: torch.dtype) -> Attend:
+    return lambda q, k, v, causal: F.scaled_dot_product_attention(
+        q.to(dtype), k.to(dtype), v.to(dtype), is_causal=causal
+    ).float()
 
 
 PAPER = {"smooth_k": False, "p_bits": "s8", "v_granularity": "head", "row_sum": "int8"}
-VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+VARIANTS: dict[str, Attend] = {
     "float32": sdpa(torch.float32),
     "bfloat16": sdpa(torch.bfloat16),
     "FP8 e5m2, unscaled cast (simulated)": fp8_e5m2,
@@ -138,65 +127,104 @@ def errors(got: Tensor, want: Tensor) -> dict[str, float]:
     }
 
 
-def truth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def truth(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     q, k, v = q.double(), k.double(), v.double()
-    return (q @ k.mT / math.sqrt(CHANNELS)).softmax(-1) @ v
+    P = weights(q, k, causal)
+    return P / P.sum(-1, keepdim=True) @ v
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """The median of `REPEATS` runs."""
-    times = []
-    for i in range(WARMUP + REPEATS):
-        began = time.perf_counter()
-        run()
-        if i >= WARMUP:
-            times.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(times)
+def error_rows(data: dict[str, list[QKV]]) -> list[dict[str, object]]:
+    """Every variant on every input, the mean over its samples; a model's inputs are causal."""
+    results: list[dict[str, object]] = []
+    for name, samples in data.items():
+        causal = name == "model"
+        wanted = [truth(*qkv, causal) for qkv in samples]
+        for variant, function in VARIANTS.items():
+            found = [errors(function(*qkv, causal), want) for qkv, want in zip(samples, wanted, strict=True)]
+            mean = {key: float(f"{statistics.fmean(one[key] for one in found):.5g}") for key in found[0]}
+            results.append({"tokens": samples[0][0].shape[2], "input": name, "variant": variant, **mean})
+            print(f"{name:9s} {variant:40s} {mean}", file=sys.stderr)
+    return results
+
+
+def error_limits(results: list[dict[str, object]]) -> list[dict[str, object]]:
+    """What full INT8 may err at most, from the FP8 rows of the same inputs."""
+    of = {(row["input"], row["variant"]): row for row in results}
+    limits = []
+    for name, smaller in SMALLER.items():
+        ours = of[name, "full INT8, ours"]
+        e5m2, e4m3 = (
+            of[name, f"FP8 {kind} (simulated)"] for kind in ("e5m2, unscaled cast", "e4m3, a scale per head")
+        )
+        for what, peer, allowed, key in (
+            (f"MRE, {smaller:.0%} below e5m2", e5m2, 1 - smaller, "mre_percent"),
+            ("relative L2, below e4m3 with scales", e4m3, 1.0, "relative_l2_percent"),
+        ):
+            found, bound = (float(side[key]) for side in (ours, peer))  # type: ignore[arg-type]
+            limits.append(limit(f"{name}: {what}", found, allowed * bound, unit="percent"))
+            print(line(limits[-1]), file=sys.stderr)
+    return limits
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], metavar="N", help="default: 1024")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="inputs per row, averaged (default: %(default)s)"
+        "--seeds", type=int, default=3, help="inputs per error, averaged (default: %(default)s)"
     )
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="also the errors on this model's own numbers"
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384], metavar="N",
+        help="prompts of the speed part; none skips it",
+    )  # fmt: skip
+    parser.add_argument("--channels", type=int, nargs="+", default=[64, 128], metavar="H")
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="*",
+        default=[8192, 32768],
+        metavar="N",
+        help="of decoding; none skips it",
+    )
+    parser.add_argument("--pairs", type=int, default=9, help="of each comparison (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/int8-attention-CPU.json")
     options = parser.parse_args()
-    results = []
-    for N in options.tokens:
-        for name, (_, make) in INPUTS.items():
-            data = [make(N, torch.Generator().manual_seed(seed)) for seed in range(options.seeds)]
-            wanted = [truth(*qkv) for qkv in data]
-            for variant, function in VARIANTS.items():
-                found = [errors(function(*qkv), want) for qkv, want in zip(data, wanted, strict=True)]
-                mean = {key: float(f"{statistics.fmean(one[key] for one in found):.5g}") for key in found[0]}
-                results.append({"tokens": N, "input": name, "variant": variant, **mean})
-                print(f"{N:6d}  {name:9s} {variant:40s} {mean}", file=sys.stderr)
-    qkv = normal(options.tokens[0], torch.Generator().manual_seed(0))
-    speed = {
-        "what": "milliseconds of one call on the CPU; the int8 rows are plain references, not int8 kernels",
-        "tokens": options.tokens[0],
-        **{
-            name: round(milliseconds(lambda run=VARIANTS[name]: run(*qkv)), 2)
-            for name in ("float32", "bfloat16", "half INT8, ours", "full INT8, ours")
-        },
+    if options.tokens or options.context:
+        tests = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *TESTS], capture_output=True, cwd=ROOT, check=False
+        )
+        if tests.returncode:
+            print("int8_attention.py: the kernels' tests fail, so their speed means nothing", file=sys.stderr)
+            return 1
+    data = {
+        name: [make(TOKENS, torch.Generator().manual_seed(seed)) for seed in range(options.seeds)]
+        for name, (_, make) in INPUTS.items()
     }
-    arguments = f"--tokens {' '.join(map(str, options.tokens))} --seeds {options.seeds}"
+    if options.model:
+        data["model"] = captured(options.model)
+    results = error_rows(data)
     document = {
-        "what": "errors against float64 attention, no mask, mean over seeds; MRE = mean |o - o_ref| / "
-        "(|o_ref| + 1e-5) over the whole output",
-        "command": f"sateen bench int8-attention {arguments}",
-        "hardware": {**hardware(), "threads": torch.get_num_threads()},
+        "what": "errors against float64 attention, mean over seeds or layers; MRE = mean |o - o_ref| / "
+        "(|o_ref| + 1e-5) over the whole output; speed in processor milliseconds, quantisation included; "
+        "ratio = peer / ours",
+        "command": f"sateen bench int8-attention {' '.join(sys.argv[1:])}".strip(),
+        "hardware": {**hardware(), "threads": torch.get_num_threads(), "isa": native().current_isa()},
         "versions": versions(),
         "revision": revision(),
-        "is_dirty": is_dirty("src/sateen/ops", "benchmarks/int8_attention.py"),
+        "is_dirty": is_dirty(
+            "native", "src/sateen/ops", "benchmarks/int8_attention.py", "benchmarks/_int8_speed.py"
+        ),
         "heads": HEADS,
         "head_dim": CHANNELS,
-        "inputs": {name: words for name, (words, _) in INPUTS.items()},
-        "results": results,
-        "speed": speed,
+        "inputs": {name: words for name, (words, _) in INPUTS.items()}
+        | {"model": f"{CAPTURED_LAYERS} layers of {options.model.name}, causal" if options.model else None},
+        "errors": results,
+        "limits": error_limits(results),
+        "prefill": _int8_speed.prefill(options.tokens, options.channels, options.pairs),
+        "decode": _int8_speed.decode(options.context, options.pairs),
     }
     publish(document, options.out or result_file("int8-attention"))
     return 0

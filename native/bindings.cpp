@@ -23,6 +23,7 @@ namespace nb = nanobind;
 namespace sateen {
 void bind_decode(nb::module_& m);  // bindings_decode.cpp
 void bind_sparse(nb::module_& m);  // bindings_sparse.cpp
+void bind_int8(nb::module_& m);    // bindings_int8.cpp
 }
 
 namespace {
@@ -154,4 +155,5 @@ NB_MODULE(_native, m) {
           nb::arg("scales").none(), nb::arg("bias").none(), nb::arg("x"), nb::arg("num_threads"), nb::arg("out"));
     sateen::bind_decode(m);
     sateen::bind_sparse(m);
+    sateen::bind_int8(m);
 }

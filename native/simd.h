@@ -20,6 +20,8 @@ typedef float vfloat __attribute__((vector_size(W * 4)));
 typedef int vint __attribute__((vector_size(W * 4)));
 
 #define SATEEN_INLINE inline __attribute__((always_inline))
+#define SATEEN_LAMBDA __attribute__((always_inline))  // behind the parameters
+#define SATEEN_APART __attribute__((noinline))  // loops that need all registers, away from constants of their callers
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;

@@ -7,6 +7,8 @@ channel added to the keys and a few values channels that are 20 times larger.
 from __future__ import annotations
 
 import itertools
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,21 @@ import torch
 from sateen import ops
 from sateen.errors import BackendUnavailable, ShapeError
 from sateen.ops.int8_attention import integer_matmul, quantize_int8
+from sateen.ops.native import native_available
+
+
+@pytest.fixture(params=["reference", "native"])
+def int8(request):
+    """The three operators by one backend; tests of block sizes that only the reference takes do without."""
+    if request.param == "native" and native_available() is not None:
+        pytest.skip("needs the compiled kernels: a C++ compiler at install time")
+    by = {"backend": request.param}
+    return SimpleNamespace(
+        sdpa=partial(ops.int8_sdpa, **by),
+        attention=partial(ops.int8_attention, **by),
+        rows_attention=partial(ops.int8_rows_attention, **by),
+    )
+
 
 PAPER = {"smooth_k": False, "p_bits": "s8", "v_granularity": "head", "row_sum": "int8"}
 
@@ -63,22 +80,22 @@ GATES = {"normal": (0.025, 0.010), "uniform": (0.006, 0.001), "offset": (0.025, 
 
 @pytest.mark.parametrize("pv", ["int8", "float"])
 @pytest.mark.parametrize("kind", GATES)
-def test_errors_stay_within_the_gates(kind, pv):
+def test_errors_stay_within_the_gates(kind, pv, int8):
     q, k, v = inputs(kind)
     want, _ = dense(q, k, v, causal=False)
-    got = ops.int8_sdpa(q, k, v, pv=pv)
+    got = int8.sdpa(q, k, v, pv=pv)
     assert 1e-5 < gap(got, want) <= GATES[kind][pv == "float"]
     cosine = torch.nn.functional.cosine_similarity(got.double().flatten(), want.flatten(), dim=0)
     assert cosine >= 0.999
 
 
-def test_the_papers_form_is_worse_than_ours_in_the_expected_places():
+def test_the_papers_form_is_worse_than_ours_in_the_expected_places(int8):
     q, k, v = inputs("normal")
     want, _ = dense(q, k, v, causal=False)
-    assert 0.02 < gap(ops.int8_sdpa(q, k, v, **PAPER), want) < 0.04
+    assert 0.02 < gap(int8.sdpa(q, k, v, **PAPER), want) < 0.04
     q, k, v = inputs("offset")
     want, _ = dense(q, k, v, causal=False)
-    ours, paper = (gap(ops.int8_sdpa(q, k, v, **options), want) for options in ({}, PAPER))
+    ours, paper = (gap(int8.sdpa(q, k, v, **options), want) for options in ({}, PAPER))
     assert paper > 3 * ours
 
 
@@ -155,16 +172,16 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("has_sink", [False, True])
-def test_causal_matches_float_attention(case, window, has_sink):
+def test_causal_matches_float_attention(case, window, has_sink, int8):
     T, S, N, K, H, V = case
     q, k, v = random(2, N, K, T, S, H, V, seed=T + S)
     sink = torch.linspace(-1, 3, N) if has_sink else None
     want, want_lse = dense(q, k, v, causal=True, window=window, sink=sink)
-    got, lse = ops.int8_sdpa(q, k, v, causal=True, window=window, sink_N=sink, return_lse=True)
+    got, lse = int8.sdpa(q, k, v, causal=True, window=window, sink_N=sink, return_lse=True)
     assert gap(got, want) < 0.025
     # Scores of N(0, 1) inputs are off by about 1 %, in a sum of exponentials by less.
     assert float((lse - want_lse).abs().max()) < 0.06
-    half = ops.int8_sdpa(q, k, v, causal=True, window=window, sink_N=sink, pv="float")
+    half = int8.sdpa(q, k, v, causal=True, window=window, sink_N=sink, pv="float")
     assert gap(half, want) < 0.013
 
 
@@ -188,74 +205,72 @@ def test_the_block_size_moves_results_within_the_rounding(block_size):
     assert gap(ops.int8_sdpa(q, k, v, causal=True, block_size=block_size), want) < 0.02
 
 
-def test_a_constant_added_to_all_keys_changes_nothing_but_the_lse():
+def test_a_constant_added_to_all_keys_changes_nothing_but_the_lse(int8):
     q, k, v = random(1, 2, 2, 90, 90, 64, 64)
     shift = torch.linspace(-20, 20, 64)
-    plain, lse = ops.int8_sdpa(q, k, v, causal=True, return_lse=True)
-    moved, moved_lse = ops.int8_sdpa(q, k + shift, v, causal=True, return_lse=True)
+    plain, lse = int8.sdpa(q, k, v, causal=True, return_lse=True)
+    moved, moved_lse = int8.sdpa(q, k + shift, v, causal=True, return_lse=True)
     assert gap(moved, plain.double()) < 1e-3
     assert torch.allclose(moved_lse, lse + 64**-0.5 * (q @ shift), atol=2e-3)
-    without = ops.int8_sdpa(q, k + shift, v, causal=True, smooth_k=False)
+    without = int8.sdpa(q, k + shift, v, causal=True, smooth_k=False)
     assert gap(without, plain.double()) > 0.02
 
 
-def test_sinks_weigh_against_the_true_scores_not_the_smoothed_ones():
+def test_sinks_weigh_against_the_true_scores_not_the_smoothed_ones(int8):
     q, k, v = random(1, 2, 2, 40, 40, 16, 16)
     k = k + 1.5
     sink = torch.tensor([0.5, 2.0])
     want, _ = dense(q, k, v, causal=True, sink=sink)
-    assert gap(ops.int8_sdpa(q, k, v, causal=True, sink_N=sink), want) < 0.02
+    assert gap(int8.sdpa(q, k, v, causal=True, sink_N=sink), want) < 0.02
 
 
 @pytest.mark.parametrize("pv", ["int8", "float"])
-def test_zeros_huge_logits_and_tiny_numbers_give_no_nan(pv):
+def test_zeros_huge_logits_and_tiny_numbers_give_no_nan(pv, int8):
     q, k, v = random(1, 2, 2, 70, 70, 16, 16)
     q[:, :, 3], k[:, :, 5], v[:, 0] = 0, 0, 0
-    got = ops.int8_sdpa(q, k, v, causal=True, pv=pv)
+    got = int8.sdpa(q, k, v, causal=True, pv=pv)
     assert gap(got, dense(q, k, v, causal=True)[0]) < 0.02
     assert torch.equal(got[:, 0], torch.zeros_like(got[:, 0]))
     zeros = [torch.zeros_like(x) for x in (q, k, v)]
-    assert torch.equal(ops.int8_sdpa(*zeros, pv=pv), zeros[0])
+    assert torch.equal(int8.sdpa(*zeros, pv=pv), zeros[0])
     eye = torch.eye(16)[None, None]
     # Logits of +-1e4: each query takes the value of its own key, or of all others alike.
-    one = ops.int8_sdpa(100 * eye, 100 * eye, eye, scale=1.0, pv=pv)
+    one = int8.sdpa(100 * eye, 100 * eye, eye, scale=1.0, pv=pv)
     assert torch.allclose(one, eye, atol=1e-6)
-    rest = ops.int8_sdpa(100 * eye, -100 * eye, eye, scale=1.0, pv=pv)
+    rest = int8.sdpa(100 * eye, -100 * eye, eye, scale=1.0, pv=pv)
     assert torch.allclose(rest, (1 - eye) / 15, atol=1e-3)
-    tiny = ops.int8_sdpa(q * 1e-40, k * 1e-40, v * 1e-40, pv=pv)
+    tiny = int8.sdpa(q * 1e-40, k * 1e-40, v * 1e-40, pv=pv)
     assert torch.isfinite(tiny).all()
 
 
-def test_packed_sequences_do_not_see_each_other_and_empty_rows_are_zero():
+def test_packed_sequences_do_not_see_each_other_and_empty_rows_are_zero(int8):
     lengths_q, lengths_k = [4, 0, 3, 2], [2, 3, 0, 65]
     cu_q, cu_k = (
         torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32) for x in (lengths_q, lengths_k)
     )
     q, k, v = (x[0].transpose(0, 1) for x in random(1, 4, 2, 9, 70, 16, 8))
     for sink in (None, torch.ones(4)):
-        out, lse = ops.int8_attention(
-            q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, sink_N=sink, return_lse=True
-        )
+        out, lse = int8.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, sink_N=sink, return_lse=True)
         empty = [0, 1, 4, 5, 6]  # two queries before the first key of their sequence, three without keys
         assert torch.equal(out[empty], torch.zeros(5, 4, 8))
         assert torch.equal(lse[:, empty], torch.full((4, 5), -torch.inf))
         for b, (a, c) in enumerate(itertools.pairwise(cu_q.tolist())):
             if lengths_q[b] and lengths_k[b]:
                 piece = slice(*cu_k[b : b + 2].tolist())
-                alone = ops.int8_attention(
+                alone = int8.attention(
                     q[a:c], k[piece], v[piece], sink_N=sink,
                     cu_seqlens_q=torch.tensor([0, c - a]), cu_seqlens_k=torch.tensor([0, lengths_k[b]]),
                 )  # fmt: skip
                 assert torch.equal(out[a:c], alone)
-    nothing = ops.int8_attention(q[:0], k[:0], v[:0], cu_seqlens_q=torch.zeros(1, dtype=torch.int32))
+    nothing = int8.attention(q[:0], k[:0], v[:0], cu_seqlens_q=torch.zeros(1, dtype=torch.int32))
     assert nothing.shape == (0, 4, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inputs_stay_as_they_were_and_outputs_have_their_dtype(dtype):
+def test_inputs_stay_as_they_were_and_outputs_have_their_dtype(dtype, int8):
     q, k, v = (x.to(dtype) for x in random(1, 4, 2, 33, 40, 16, 8))
     before = [x.clone() for x in (q, k, v)]
-    out = ops.int8_sdpa(q, k, v, causal=True)
+    out = int8.sdpa(q, k, v, causal=True)
     assert out.dtype == dtype
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
     assert gap(out, dense(q, k, v, causal=True)[0]) < 0.02
@@ -269,13 +284,13 @@ def cached(k, v, mean):
 
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("T", [1, 90])
-def test_cached_rows_match_float_attention(T, window):
+def test_cached_rows_match_float_attention(T, window, int8):
     q, k, v = random(1, 4, 2, T, 90, 32, 16)
     k = k + torch.linspace(-4, 4, 32)
     sink = torch.tensor([-1.0, 0.0, 1.0, 2.0])
     rows = cached(k[0].transpose(0, 1), v[0].transpose(0, 1), k[0, :, :30].mean(1))
     cu_q, cu_k = torch.tensor([0, T]), torch.tensor([0, 90])
-    out, lse = ops.int8_rows_attention(
+    out, lse = int8.rows_attention(
         q[0].transpose(0, 1), rows, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, window=window, sink_N=sink,
         return_lse=True,
     )  # fmt: skip

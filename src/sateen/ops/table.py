@@ -12,6 +12,7 @@ import torch
 
 import sateen.ops
 from sateen.ops.complex_matmul import PhaseWeight
+from sateen.ops.int8_attention import Int8Rows
 from sateen.ops.lowbit_matmul import pack_int8
 from sateen.ops.op import Op
 
@@ -46,6 +47,12 @@ def _int8_attention(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (q, k, v), {key: options[key] for key in ("cu_seqlens_q", "cu_seqlens_k", "scale", "window")}
 
 
+def _int8_rows_attention(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (q, k, v), options = _attention(device)
+    rows = Int8Rows(k.to(torch.int8), k[..., 0], v.to(torch.int8), v[..., 0], k[:1])
+    return (q, rows), {key: options[key] for key in ("cu_seqlens_q", "cu_seqlens_k", "scale", "window")}
+
+
 def _complex_matmul(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x, scale = torch.zeros(3, 4, device=device), torch.ones((), device=device)
     weight = PhaseWeight(torch.zeros(2, 4, dtype=torch.uint8, device=device), scale, scale)
@@ -64,6 +71,7 @@ CALLS: dict[str, Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "complex_matmul": _complex_matmul,
     "grouped_matmul": _grouped_matmul,
     "int8_attention": _int8_attention,
+    "int8_rows_attention": _int8_rows_attention,
     "lowbit_matmul": _lowbit_matmul,
 }
 
@@ -73,7 +81,7 @@ def operators() -> dict[str, Op]:
     modules = [
         import_module(f"sateen.ops.{m.name}") for m in pkgutil.iter_modules(sateen.ops.__path__) if m.ispkg
     ]
-    found = [module.OP for module in modules if isinstance(getattr(module, "OP", None), Op)]
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, Op)]
     return {op.name: op for op in found}
 
 

@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from sateen.errors import ShapeError, unknown_name
+from sateen.ops.int8_attention.native import int8_attention_native, int8_rows_attention_native
 from sateen.ops.int8_attention.quantize import Int8Rows, integer_matmul, quantize_int8
-from sateen.ops.int8_attention.reference import OP, P_LEVELS, rows_reference
+from sateen.ops.int8_attention.reference import OP, P_LEVELS, ROWS_OP
 from sateen.ops.packed import check_packed
 
 __all__ = [
     "OP",
+    "ROWS_OP",
     "Int8Rows",
     "int8_attention",
+    "int8_attention_native",
     "int8_rows_attention",
+    "int8_rows_attention_native",
     "int8_sdpa",
     "integer_matmul",
     "quantize_int8",
@@ -40,7 +44,7 @@ def int8_attention(
     p_bits: str = "u8",
     v_granularity: str = "channel",
     row_sum: str = "float",
-    block_size: int = 64,
+    block_size: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
@@ -62,7 +66,8 @@ def int8_attention(
         p_bits: codes of P: `u8` 0..255, or the paper's `s8` 0..127.
         v_granularity: one scale of the values per sequence and head (`head`) or also per `channel`.
         row_sum: what the softmax divides by: the sum of P as floats (`float`) or of its codes (`int8`).
-        block_size: keys per block; P is rounded against the running maximum of the blocks so far.
+        block_size: keys per block; P is rounded against the running maximum of the blocks so far. None: the
+            backend's own.
         return_lse: also return the log-sum-exp of the scaled scores, float32 [N, T], the sink not included.
         backend: `auto`, or one of `OP.backends`.
 
@@ -86,7 +91,6 @@ def int8_attention(
     check_packed(
         "int8_attention", q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, window=window, sink=sink_N
     )
-    _check_block(block_size)
     for name, value, known in (
         ("pv", pv, ("int8", "float")),
         ("p_bits", p_bits, tuple(P_LEVELS)),
@@ -115,9 +119,9 @@ def int8_attention(
             p_bits=p_bits,
             v_granularity=v_granularity,
             row_sum=row_sum,
-            block_size=block_size,
             return_lse=return_lse,
             backend=backend,
+            **_block(block_size),
         )
     return out
 
@@ -177,8 +181,9 @@ def int8_rows_attention(
     scale: float | None = None,
     window: int | None = None,
     sink_N: Tensor | None = None,
-    block_size: int = 64,
+    block_size: int | None = None,
     return_lse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Causal attention over keys and values that a cache holds as int8 rows.
 
@@ -189,12 +194,13 @@ def int8_rows_attention(
         q_TNH: float queries; quantised here, one scale per token.
         rows: what the cache holds; S rows over B sequences.
         cu_seqlens_q, cu_seqlens_k, scale, window, sink_N, block_size, return_lse: as in `int8_attention`.
+        backend: `auto`, or one of `ROWS_OP.backends`.
 
     Returns:
         As `int8_attention`.
 
     Raises:
-        ShapeError: as `int8_attention`.
+        ShapeError, BackendUnavailable: as `int8_attention`.
     """
     check_packed(
         "int8_attention",
@@ -206,9 +212,8 @@ def int8_rows_attention(
         window=window,
         sink=sink_N,
     )
-    _check_block(block_size)
     with torch.autocast(q_TNH.device.type, enabled=False):
-        return rows_reference(
+        out: Tensor | tuple[Tensor, ...] = ROWS_OP(
             q_TNH,
             rows,
             cu_seqlens_q=cu_seqlens_q,
@@ -216,11 +221,16 @@ def int8_rows_attention(
             scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
             window=window,
             sink_N=sink_N,
-            block_size=block_size,
             return_lse=return_lse,
+            backend=backend,
+            **_block(block_size),
         )
+    return out
 
 
-def _check_block(block_size: int) -> None:
+def _block(block_size: int | None) -> dict[str, int]:
+    if block_size is None:
+        return {}
     if not 1 <= block_size <= MAX_BLOCK:
         raise ShapeError(f"int8_attention block_size is 1 to {MAX_BLOCK}; got {block_size}")
+    return {"block_size": block_size}

@@ -1,0 +1,171 @@
+"""The speed part of `int8_attention.py`: prompts beside torch's attention, decoding beside a bfloat16 cache.
+
+Both sides of a pair start from the same float tensors in their own dtype and layout; quantisation counts.
+Times are processor milliseconds of all threads, which say more than the clock where others use the machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from _pairs import interleave, line, ratios, row
+from torch.nn import functional as F
+
+from sateen import ops
+from sateen.engine.cache import KVCache
+from sateen.engine.native_step import NativeStep
+from sateen.models.base import ModelConfig
+from sateen.models.decoder import Decoder
+from sateen.nn.attention import LayerLinks
+
+HEADS = 8
+PREFILL_BAR = {64: 1.5, 128: 1.3}  # at 2,048 tokens and more
+PREFILL_TARGET = {64: 2.5, 128: None}
+DECODE_BAR, BANDWIDTH_BAR = 1.5, 0.7
+READ_BYTES = 256 << 20  # far more than a cache holds
+# query heads, key/value heads, channels
+DECODE_SHAPES = [(8, 8, 64), (9, 3, 64), (32, 8, 128)]
+
+
+def seconds(run: Callable[[], object]) -> Callable[[int], float]:
+    """A side of `interleave`: processor milliseconds of a round."""
+
+    def once(_: int) -> float:
+        began = time.process_time()
+        run()
+        return (time.process_time() - began) * 1e3
+
+    return once
+
+
+def show(found: dict[str, Any]) -> dict[str, Any]:
+    print(line(found), file=sys.stderr, flush=True)
+    return found
+
+
+def attentions(N: int, H: int, causal: bool) -> dict[str, Callable[[], object]]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, HEADS, N, H, generator=generator) for _ in range(3))
+    low = [x.bfloat16() for x in (q, k, v)]
+    return {
+        "sdpa float32": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+        "sdpa bfloat16": lambda: F.scaled_dot_product_attention(*low, is_causal=causal),
+        "int8 float32": lambda: ops.int8_sdpa(q, k, v, causal=causal),
+        "int8 bfloat16": lambda: ops.int8_sdpa(*low, causal=causal),
+        "half float32": lambda: ops.int8_sdpa(q, k, v, causal=causal, pv="float"),
+    }
+
+
+def prefill(tokens: list[int], channels: list[int], pairs: int) -> list[dict[str, Any]]:
+    """Rows of full and half INT8 against torch in float32 and bfloat16."""
+    rows = []
+    for H, N, causal in product(channels, tokens, (False, True)):
+        times = interleave({name: seconds(run) for name, run in attentions(N, H, causal).items()}, pairs)
+        for ours, peer in (
+            ("int8 float32", "sdpa float32"),
+            ("int8 bfloat16", "sdpa bfloat16"),
+            ("half float32", "sdpa float32"),
+        ):
+            counts = ours != "half float32" and N >= 2048
+            what = f"{N} tokens, {HEADS} heads of {H}, {'causal' if causal else 'no mask'}"
+            rows.append(
+                row(
+                    what, (ours, times[ours]), (peer, times[peer]), unit="ms",
+                    bar=PREFILL_BAR.get(H) if counts else None,
+                    target=PREFILL_TARGET.get(H) if counts else None,
+                    ratio=ratios(times[peer], times[ours]),
+                )
+            )  # fmt: skip
+            show(rows[-1])
+    return rows
+
+
+def bfloat16_step(N: int, K: int, H: int, context: int) -> Callable[[], object]:
+    """A native decode step of one layer whose matrices are far smaller than its cache: attention."""
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
+            "num_hidden_layers": 1, "num_attention_heads": N, "num_key_value_heads": K, "head_dim": H,
+            "max_position_embeddings": 1 << 17, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+            "hidden_act": "silu", "tie_word_embeddings": True,
+        }
+    )  # fmt: skip
+    model = Decoder(config).to(torch.bfloat16).eval()
+    cache = KVCache(
+        config.kv_layouts()[:1], num_trunk_layers=1, num_slots=1, max_model_len=context + 1,
+        num_pages=context // 64 + 1, dtype=torch.bfloat16,
+    )  # fmt: skip
+    for pool in cache.pools.values():
+        pool.k_RKH.normal_()
+        pool.v_RKV.normal_()
+    entry = cache.open()
+    assert cache.reserve(entry, context + 1)
+    step = NativeStep(model, cache)
+
+    def run() -> object:
+        entry.length = context
+        return step.trunk([1], cache.forward([entry], [1]), LayerLinks())
+
+    return run
+
+
+def int8_step(N: int, K: int, H: int, context: int) -> Callable[[], object]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(rows, heads, H, generator=generator)
+        for rows, heads in ((1, N), (context, K), (context, K))
+    )
+    (k8, k_scale), (v8, v_scale) = ops.quantize_int8(k), ops.quantize_int8(v)
+    rows = ops.Int8Rows(k8, k_scale.squeeze(-1), v8, v_scale.squeeze(-1), torch.zeros(1, K, H))
+    cu_q, cu_k = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, context], dtype=torch.int32)
+    return lambda: ops.int8_rows_attention(q, rows, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+
+
+def sdpa_step(N: int, K: int, H: int, context: int) -> Callable[[], object]:
+    q, k, v = (
+        torch.randn(1, heads, rows, H).bfloat16() for heads, rows in ((N, 1), (K, context), (K, context))
+    )
+    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=N != K)
+
+
+@torch.inference_mode()
+def decode(contexts: list[int], pairs: int) -> list[dict[str, Any]]:
+    """Rows of one new token over int8 rows against the same over bfloat16 rows, with the bytes both read."""
+    memory = torch.zeros(READ_BYTES, dtype=torch.uint8).view(torch.int64)
+    rows = []
+    for N, K, H in DECODE_SHAPES:
+        for context in contexts:
+            sides = {
+                "int8 rows": int8_step(N, K, H, context),
+                "native step, bfloat16 rows": bfloat16_step(N, K, H, context),
+                "sdpa bfloat16": sdpa_step(N, K, H, context),
+                "memory": memory.sum,
+            }
+            times = interleave({name: seconds(run) for name, run in sides.items()}, pairs, warmup=2)
+            size = {"int8 rows": context * K * (2 * H + 8), "memory": READ_BYTES}
+            rates: dict[str, list[float]] = {
+                name: [size.get(name, context * K * 4 * H) / ms / 1e6 for ms in found]
+                for name, found in times.items()
+            }
+            middle = {name: sorted(rate)[len(rate) // 2] for name, rate in rates.items()}
+            for peer in ("native step, bfloat16 rows", "sdpa bfloat16"):
+                rows.append(
+                    show(
+                        row(
+                            f"one token after {context}, {N} query and {K} key/value heads of {H}",
+                            ("int8 rows", times["int8 rows"]), (peer, times[peer]), unit="ms", bar=DECODE_BAR,
+                            ratio=ratios(times[peer], times["int8 rows"]),
+                            gb_per_s={name: round(middle[name], 2) for name in ("int8 rows", peer, "memory")},
+                        )
+                    )
+                )  # fmt: skip
+            share = {
+                name: f"{middle[name]:.1f} GB/s, {middle[name] / middle['memory']:.0%}" for name in middle
+            }
+            print(f"    {share}", file=sys.stderr, flush=True)
+    return rows
