@@ -8,6 +8,7 @@ from torch import Tensor
 from sateen.errors import ShapeError
 from sateen.ops.block_sparse_attention.gathered import block_sparse_attention_torch
 from sateen.ops.block_sparse_attention.reference import OP, block_sparse_attention_reference
+from sateen.ops.block_sparse_attention.triton_backend import block_sparse_attention_triton
 from sateen.ops.packed import check_packed
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_reference",
     "block_sparse_attention_torch",
+    "block_sparse_attention_triton",
 ]
 
 
