@@ -53,8 +53,8 @@ def _gradient_q(
     key_row = tl.load(key_rows + t).to(tl.int64)
     listed = idx + head * idx_k + t * idx_t
     slot = tl.arange(0, LIST)
-    block = tl.load(listed + slot * idx_i, mask=slot < n, other=-1)
-    stop = tl.max(tl.where((block >= 0) & (block * BLOCK <= place), slot + 1, 0), 0) * BLOCK
+    every = tl.load(listed + slot * idx_i, mask=slot < n, other=-1)
+    stop = tl.max(tl.where((every >= 0) & (every * BLOCK <= place), slot + 1, 0), 0) * BLOCK
 
     row, h, w = tl.arange(0, ROWS), tl.arange(0, H_PAD), tl.arange(0, V_PAD)
     head_N = head * G + row
@@ -158,12 +158,13 @@ def backward(
     total = torch.where(lse == -torch.inf, 0.0, total)  # a query without keys has no probabilities either
     delta = torch.empty_like(lse)
     sizes = {"BLOCK": block_size, "G": G, "H": H, "V": V, "H_PAD": padded(H), "V_PAD": padded(V)}
-    launch = {"DOT": dot_dtype(q.dtype), "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    launch = {"DOT": dot_dtype(q.dtype), "num_stages": tiles.num_stages}
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     _gradient_q[(T, K)](
         q, k, v, idx, where.key_row_T, where.place_T, total, out, d_out, d_q, delta, *strides, *idx.stride(),
         T, n, scale,
-        LIST=triton.next_power_of_2(n), ROWS=padded(G), KEYS=tiles.keys, **sizes, **launch,
+        LIST=triton.next_power_of_2(n), ROWS=padded(G), KEYS=tiles.keys, num_warps=tiles.num_warps, **sizes,
+        **launch,
     )  # fmt: skip
     blocks = cut(cu_k, S, block_size)
     listing = invert(idx, where, blocks, block_size)
@@ -171,7 +172,7 @@ def backward(
     _gradient_kv[(M * triton.cdiv(block_size, keys), K)](
         q, k, v, *listing, blocks.row_M, blocks.place_M, blocks.count_M, where.place_T, total, delta, d_out,
         d_k, d_v, *strides, T, M, scale,
-        ROWS=max(tiles.rows, padded(G)), KEYS=keys, **sizes, **launch,
+        ROWS=max(tiles.rows, padded(G)), KEYS=keys, num_warps=tiles.kv_warps, **sizes, **launch,
     )  # fmt: skip
     if sink is not None:
         d_sink = -((sink.float()[:, None] - total).exp() * delta).sum(1)

@@ -40,8 +40,8 @@ def _forward(
     listed = idx + head * idx_k + t * idx_t
     # Lists are mostly in front of their padding: what follows the last block in sight is not walked.
     slot = tl.arange(0, LIST)
-    block = tl.load(listed + slot * idx_i, mask=slot < n, other=-1)
-    num_slots = tl.max(tl.where((block >= 0) & (block * BLOCK <= place), slot + 1, 0), 0)
+    every = tl.load(listed + slot * idx_i, mask=slot < n, other=-1)
+    num_slots = tl.max(tl.where((every >= 0) & (every * BLOCK <= place), slot + 1, 0), 0)
     num_tiles = (num_slots * BLOCK + KEYS - 1) // KEYS
     share = (num_tiles + PARTS - 1) // PARTS * KEYS
     first = part.to(tl.int32) * share
@@ -99,24 +99,27 @@ class Tiles(NamedTuple):
     Attributes:
         keys: keys of a tile.
         rows: rows of a tile of queries and heads in the kernel of the keys' gradients.
-        parts: programs that share one list; None decides by the number of queries.
-        num_warps: warps of a program.
+        num_warps: warps of a program; `kv_warps` of that kernel.
         num_stages: tiles in flight.
+        parts: programs that share one list; None decides by the number of queries.
     """
 
     keys: int
     rows: int
-    parts: int | None = None
     num_warps: int = 4
+    kv_warps: int = 8
     num_stages: int = 2
+    parts: int | None = None
 
 
 def tiles_for(q: Tensor, v: Tensor) -> Tiles:
-    """Tile sizes by head size and dtype; untuned: they have not met a GPU yet."""
-    wide = max(q.shape[2], v.shape[2]) * q.element_size()  # bytes of a row
-    if wide <= 256:
-        return Tiles(keys=64, rows=64)
-    return Tiles(keys=32, rows=32) if wide <= 512 else Tiles(keys=16, rows=16)
+    """Tile sizes by the bytes of a row, so that tiles fit registers and shared memory; not tuned on a GPU."""
+    width = max(padded(q.shape[2]), padded(v.shape[2]))
+    if q.element_size() == 4:  # no tensor cores: products by plain multiplication
+        return Tiles(keys=32, rows=16, num_stages=1)
+    if width <= 64:
+        return Tiles(keys=64, rows=64, kv_warps=4)
+    return Tiles(keys=64, rows=64) if width <= 128 else Tiles(keys=32, rows=32)
 
 
 def padded(size: int) -> int:

@@ -7,14 +7,18 @@ from torch import Tensor
 
 from sateen.errors import ShapeError, unknown_name
 from sateen.ops.int8_attention.quantize import Int8Rows, integer_matmul, quantize_int8
-from sateen.ops.int8_attention.reference import OP, P_LEVELS, rows_reference
+from sateen.ops.int8_attention.reference import OP, P_LEVELS, ROWS
+from sateen.ops.int8_attention.triton_backend import int8_attention_triton, int8_rows_triton
 from sateen.ops.packed import check_packed
 
 __all__ = [
     "OP",
+    "ROWS",
     "Int8Rows",
     "int8_attention",
+    "int8_attention_triton",
     "int8_rows_attention",
+    "int8_rows_triton",
     "int8_sdpa",
     "integer_matmul",
     "quantize_int8",
@@ -179,6 +183,7 @@ def int8_rows_attention(
     sink_N: Tensor | None = None,
     block_size: int = 64,
     return_lse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Causal attention over keys and values that a cache holds as int8 rows.
 
@@ -189,12 +194,14 @@ def int8_rows_attention(
         q_TNH: float queries; quantised here, one scale per token.
         rows: what the cache holds; S rows over B sequences.
         cu_seqlens_q, cu_seqlens_k, scale, window, sink_N, block_size, return_lse: as in `int8_attention`.
+        backend: `auto`, or one of `ROWS.backends`.
 
     Returns:
         As `int8_attention`.
 
     Raises:
         ShapeError: as `int8_attention`.
+        BackendUnavailable: the named backend cannot run this call.
     """
     check_packed(
         "int8_attention",
@@ -208,7 +215,7 @@ def int8_rows_attention(
     )
     _check_block(block_size)
     with torch.autocast(q_TNH.device.type, enabled=False):
-        return rows_reference(
+        out: Tensor | tuple[Tensor, ...] = ROWS(
             q_TNH,
             rows,
             cu_seqlens_q=cu_seqlens_q,
@@ -218,7 +225,9 @@ def int8_rows_attention(
             sink_N=sink_N,
             block_size=block_size,
             return_lse=return_lse,
+            backend=backend,
         )
+    return out
 
 
 def _check_block(block_size: int) -> None:

@@ -193,3 +193,4 @@ def gather(
 
 
 OP = Op("int8_attention", int8_attention_reference)
+ROWS = Op("int8_rows_attention", rows_reference)
