@@ -154,7 +154,7 @@ def test_lists_in_parts_match(case, parts, measure, make_packed):
 def test_views_and_wide_lists_are_read_as_they_lie(make_packed, measure):
     leaves, d_out, idx, settings = prepare("group of three", torch.float32, make_packed)
     want = run(leaves, d_out, idx, settings, "reference", torch.float64)["out"]
-    T, N, H = leaves["q"].shape
+    _, N, H = leaves["q"].shape
     K, V = leaves["k"].shape[1], leaves["v"].shape[2]
     # As a projection leaves them: queries, keys and values side by side in one row.
     row = torch.cat([leaves[name].flatten(1) for name in "qkv"], 1)
@@ -170,7 +170,9 @@ def test_views_and_wide_lists_are_read_as_they_lie(make_packed, measure):
 
 @runs_here
 def test_lists_of_all_blocks_equal_dense_attention(make_packed, measure):
-    data = {name: x.to(DEVICE) for name, x in make_packed([5, 9], [5, 9], (4, 2, 8, 6), torch.float32, 4).items()}
+    data = {
+        name: x.to(DEVICE) for name, x in make_packed([5, 9], [5, 9], (4, 2, 8, 6), torch.float32, 4).items()
+    }
     every = torch.arange(3, device=DEVICE, dtype=torch.int32).expand(2, 14, 3)
     cu, sink = offsets([5, 9]), data["sink"]
     got = ops.block_sparse_attention(

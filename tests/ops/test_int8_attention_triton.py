@@ -127,7 +127,7 @@ def test_codes_scales_and_sums_are_those_of_the_definition(smooth_k, granularity
 @pytest.mark.parametrize("p_bits", ["u8", "s8"])
 @pytest.mark.parametrize("row_sum", ["float", "int8"])
 def test_products_of_equal_probabilities_are_exact_means_of_codes(p_bits, row_sum):
-    """Queries of zero give P = 1, so the output is the mean of the values' codes: no rounding to hide behind."""
+    """Queries of zero give P = 1, so the output is the mean of the values' codes, without a rounding."""
     _, k, v = random(1, 4, 2, 70, 150, 16, 24)
     q = torch.zeros(1, 4, 70, 16, device=DEVICE)
     got = ops.int8_sdpa(q, k, v, causal=True, p_bits=p_bits, row_sum=row_sum, window=90, backend="triton")
@@ -168,8 +168,10 @@ def test_forms_match_the_reference(form):
 
 CASES = [
     # T, S, N, K, H, V, window, has a sink
-    (1, 1, 1, 1, 64, 64, None, True), (31, 31, 4, 4, 40, 40, None, False), (64, 64, 4, 1, 64, 64, 50, True),
-    (65, 65, 8, 1, 80, 32, None, True), (1, 130, 4, 1, 192, 128, None, False), (7, 200, 8, 1, 64, 64, 50, True),
+    (1, 1, 1, 1, 64, 64, None, True), (31, 31, 4, 4, 40, 40, None, False),
+    (64, 64, 4, 1, 64, 64, 50, True),
+    (65, 65, 8, 1, 80, 32, None, True), (1, 130, 4, 1, 192, 128, None, False),
+    (7, 200, 8, 1, 64, 64, 50, True),
     (70, 130, 2, 2, 40, 24, 50, False), (130, 130, 1, 1, 256, 200, None, False),
 ]  # fmt: skip
 
@@ -325,9 +327,12 @@ def test_auto_takes_the_kernels_on_cuda_only_and_refusals_say_why():
         ):
             with pytest.raises(BackendUnavailable, match="it runs on CUDA and the tensors are on cpu"):
                 call()
-    with pytest.raises(BackendUnavailable, match="blocks of at most 256 keys"):
+    with pytest.raises(BackendUnavailable, match="blocks of at most 128 keys"):
         ops.int8_attention(q, k, v, block_size=300, backend="triton", **options)
-    with pytest.raises(BackendUnavailable, match="got torch.float64"):
+    wide = torch.zeros(6, 2, 130)
+    with pytest.raises(BackendUnavailable, match="more than 128 channels need blocks of at most 64 keys"):
+        ops.int8_attention(q, k, wide, pv="float", block_size=128, backend="triton", **options)
+    with pytest.raises(BackendUnavailable, match=r"got torch\.float64"):
         ops.int8_rows_attention(q.double(), rows, backend="triton", **options)
-    with pytest.raises(BackendUnavailable, match="unknown int8_rows_attention backend 'cutlass'"):
+    with pytest.raises(BackendUnavailable, match="unknown int8_rows_attention"):
         ops.int8_rows_attention(q, rows, backend="cutlass", **options)

@@ -2,7 +2,7 @@
 
 Shape letters: P parts, T query tokens, N query heads, V value head size.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 

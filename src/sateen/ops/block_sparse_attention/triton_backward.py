@@ -4,7 +4,7 @@ The second walks, for each block, the queries that list it, in their order, so t
 same row and results do not depend on timing. A block that very many queries list is one program's work.
 Shape letters as in `__init__.py`; G query heads of a group, M key blocks, E entries of all lists.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -75,17 +75,23 @@ def _gradient_q(
         seen = (block >= 0) & (key <= place)
         source = key_row + key
         k_tile = tl.load(
-            k + source[:, None] * k_s + head * k_k + h[None, :], mask=seen[:, None] & (h[None, :] < H), other=0.0
+            k + source[:, None] * k_s + head * k_k + h[None, :],
+            mask=seen[:, None] & (h[None, :] < H),
+            other=0.0,
         ).to(DOT)
         v_tile = tl.load(
-            v + source[:, None] * v_s + head * v_k + w[None, :], mask=seen[:, None] & (w[None, :] < V), other=0.0
+            v + source[:, None] * v_s + head * v_k + w[None, :],
+            mask=seen[:, None] & (w[None, :] < V),
+            other=0.0,
         ).to(DOT)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2_E) - norm[:, None]
         probs = tl.exp2(tl.where(seen[None, :], scores, float("-inf")))
         d_probs = tl.dot(d_out_tile, tl.trans(v_tile), input_precision="ieee")
         d_scores = probs * (d_probs - mean[:, None])
         acc += tl.dot(d_scores.to(DOT), k_tile, input_precision="ieee")
-    tl.store(d_q + (t * N + head_N[:, None]) * H + h[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=in_q)
+    tl.store(
+        d_q + (t * N + head_N[:, None]) * H + h[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=in_q
+    )
 
 
 @triton.jit
@@ -122,7 +128,9 @@ def _gradient_kv(
         used = (row < QUERIES * G) & (entry < stop)
         t = tl.load(queries + entry, mask=used, other=0).to(tl.int64)
         q_tile = tl.load(
-            q + t[:, None] * q_t + head_N[:, None] * q_n + h[None, :], mask=used[:, None] & (h[None, :] < H), other=0.0
+            q + t[:, None] * q_t + head_N[:, None] * q_n + h[None, :],
+            mask=used[:, None] & (h[None, :] < H),
+            other=0.0,
         ).to(DOT)
         d_out_tile = tl.load(
             d_out + (t[:, None] * (K * G) + head_N[:, None]) * V + w[None, :],
@@ -138,7 +146,9 @@ def _gradient_kv(
         d_probs = tl.dot(v_tile, tl.trans(d_out_tile), input_precision="ieee")
         d_scores = probs * (d_probs - mean[None, :])
         acc_k += tl.dot(d_scores.to(DOT), q_tile, input_precision="ieee")
-    tl.store(d_k + (key[:, None] * K + head) * H + h[None, :], (acc_k * scale).to(d_k.dtype.element_ty), mask=in_k)
+    tl.store(
+        d_k + (key[:, None] * K + head) * H + h[None, :], (acc_k * scale).to(d_k.dtype.element_ty), mask=in_k
+    )
     tl.store(d_v + (key[:, None] * K + head) * V + w[None, :], acc_v.to(d_v.dtype.element_ty), mask=in_v)
 
 

@@ -5,7 +5,7 @@ row, whatever the block size, and may hold several short blocks. With few querie
 several programs, whose results `merge_parts` joins. Shape letters as in `__init__.py`; G query heads of a
 group.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def _forward(
     row, h, w = tl.arange(0, ROWS), tl.arange(0, H_PAD), tl.arange(0, V_PAD)
     head_N = head * G + row
     q_tile = tl.load(
-        q + t * q_t + head_N[:, None] * q_n + h[None, :], mask=(row[:, None] < G) & (h[None, :] < H), other=0.0
+        q + t * q_t + head_N[:, None] * q_n + h[None, :],
+        mask=(row[:, None] < G) & (h[None, :] < H),
+        other=0.0,
     ).to(DOT)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -62,7 +64,9 @@ def _forward(
         seen = (block >= 0) & (key <= place)
         source = key_row + key
         k_tile = tl.load(
-            k + source[:, None] * k_s + head * k_k + h[None, :], mask=seen[:, None] & (h[None, :] < H), other=0.0
+            k + source[:, None] * k_s + head * k_k + h[None, :],
+            mask=seen[:, None] & (h[None, :] < H),
+            other=0.0,
         ).to(DOT)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2_E)
         scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -71,7 +75,9 @@ def _forward(
         probs = tl.exp2(scores - finite[:, None])
         decay = tl.exp2(top - finite)
         v_tile = tl.load(
-            v + source[:, None] * v_s + head * v_k + w[None, :], mask=seen[:, None] & (w[None, :] < V), other=0.0
+            v + source[:, None] * v_s + head * v_k + w[None, :],
+            mask=seen[:, None] & (w[None, :] < V),
+            other=0.0,
         ).to(DOT)
         acc = acc * decay[:, None] + tl.dot(probs.to(DOT), v_tile, input_precision="ieee")
         total = total * decay + tl.sum(probs, 1)
@@ -162,7 +168,8 @@ def forward(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *idx.stride(),
         T, n, scale,
         BLOCK=block_size, G=N // K, H=H, V=V,
-        LIST=triton.next_power_of_2(n), ROWS=padded(N // K), KEYS=tiles.keys, H_PAD=padded(H), V_PAD=padded(V),
+        LIST=triton.next_power_of_2(n), ROWS=padded(N // K), KEYS=tiles.keys,
+        H_PAD=padded(H), V_PAD=padded(V),
         PARTS=parts, HAS_SINK=sink is not None and parts == 1, DOT=dot_dtype(q.dtype),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """INT8 attention by Triton kernels for CUDA; the kernels themselves are loaded by the first call.
 
-Codes and integer products are those of the reference; scores, P and sums are float32. With `pv="float"`, P and
-values are multiplied in the values' dtype. No call waits for the device.
+Codes and integer products are those of the reference; scores, P and sums are float32. With `pv="float"`, P
+and values are multiplied in the values' dtype. No call waits for the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sateen.ops.int8_attention.reference import OP, P_LEVELS, ROWS
 from sateen.ops.triton import PRIORITY, triton_available
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD, MAX_BLOCK, MAX_GROUP = 256, 256, 64  # what a tile holds
+MAX_HEAD, MAX_BLOCK, MAX_GROUP = 256, 128, 64  # what a tile holds
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -25,10 +25,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _why_not(
-    q_TNH: Tensor, k_SKH: Tensor, v_SKV: Tensor, *, block_size: int = 64, **_: Any
+    q_TNH: Tensor, k_SKH: Tensor, v_SKV: Tensor, *, block_size: int = 64, pv: str = "int8", **_: Any
 ) -> str | None:
     if any(x.dtype not in DTYPES for x in (q_TNH, k_SKH, v_SKV)):
         return f"it takes float32, bfloat16 and float16; got {q_TNH.dtype}, {k_SKH.dtype}, {v_SKV.dtype}"
+    if pv == "float" and v_SKV.dtype == torch.float32 and block_size > 64 and v_SKV.shape[2] > 128:
+        return "float32 values of more than 128 channels need blocks of at most 64 keys"
     return _too_large(q_TNH, v_SKV, block_size) or triton_available(q_TNH)
 
 

@@ -4,11 +4,11 @@ It walks the key blocks in up to three stages, of which only the first and the l
 stages carry the running maximum on; the published Triton kernel drops it between its two stages and with it
 everything before the diagonal. Shape letters as in `__init__.py`; B sequences, M key blocks.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,7 +35,7 @@ def _walk(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CODES: tl.constexpr,
     LEVELS: tl.constexpr, SUM_CODES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One stage over the blocks [first, stop); `k8`, `k_scale`, `v` and `v_sum` begin at the sequence's keys."""
+    """One stage over the blocks [first, stop) of a sequence, at whose keys all pointers begin."""
     j, h, w = tl.arange(0, TILE), tl.arange(0, H_PAD), tl.arange(0, V_PAD)
     for number in range(first, stop):
         key = number * BLOCK + j
@@ -73,7 +73,9 @@ def _walk(
         else:
             summed = tl.sum(probs, 1)
             source = v + key.to(tl.int64)[:, None] * v_s + w[None, :]
-            v_tile = tl.load(source, mask=((j < BLOCK) & (key < length))[:, None] & (w[None, :] < V), other=0.0)
+            v_tile = tl.load(
+                source, mask=((j < BLOCK) & (key < length))[:, None] & (w[None, :] < V), other=0.0
+            )
             acc = acc * decay[:, None] + tl.dot(probs.to(DOT), v_tile.to(DOT), input_precision="ieee")
         total = total * decay + summed
     return acc, total, top
@@ -135,12 +137,12 @@ def _forward(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     if HAS_WINDOW:
         acc, total, top = _walk(
-            acc, total, top, q8, q_scale, k8, k_scale, v, v_sum, v_s, first, full_first, length, place, window,
-            BLOCK, V, TILE, H_PAD, V_PAD, True, CAUSAL, HAS_WINDOW, HAS_CODES, LEVELS, SUM_CODES, DOT,
+            acc, total, top, q8, q_scale, k8, k_scale, v, v_sum, v_s, first, full_first, length, place,
+            window, BLOCK, V, TILE, H_PAD, V_PAD, True, CAUSAL, HAS_WINDOW, HAS_CODES, LEVELS, SUM_CODES, DOT,
         )  # fmt: skip
     acc, total, top = _walk(
-        acc, total, top, q8, q_scale, k8, k_scale, v, v_sum, v_s, full_first, full_stop, length, place, window,
-        BLOCK, V, TILE, H_PAD, V_PAD, False, CAUSAL, HAS_WINDOW, HAS_CODES, LEVELS, SUM_CODES, DOT,
+        acc, total, top, q8, q_scale, k8, k_scale, v, v_sum, v_s, full_first, full_stop, length, place,
+        window, BLOCK, V, TILE, H_PAD, V_PAD, False, CAUSAL, HAS_WINDOW, HAS_CODES, LEVELS, SUM_CODES, DOT,
     )  # fmt: skip
     acc, total, top = _walk(
         acc, total, top, q8, q_scale, k8, k_scale, v, v_sum, v_s, full_stop, stop, length, place, window,
@@ -179,9 +181,10 @@ def tiles_for(H: int, V: int, tile: int, num_queries: float) -> Tiles:
     """Tile sizes by head sizes, keys of a block and queries of a sequence; not tuned on a GPU."""
     width = max(padded(H), padded(V))
     rows = 128 if num_queries > 64 else 64 if num_queries > 32 else 32
-    if tile > 128 or width > 128:
+    if tile > 64 or width > 128:
         rows = min(rows, 64)
-    return Tiles(rows, 8 if rows * width >= 128 * 128 else 4, 3 if width * tile <= 128 * 64 else 2)
+    stages = 3 if width * tile <= 64 * 128 else 2 if width * tile <= 128 * 128 else 1
+    return Tiles(rows, 8 if rows * max(width, tile) >= 128 * 128 else 4, stages)
 
 
 def forward(
@@ -200,15 +203,21 @@ def forward(
     blocks, places = cut(cu_k, S, block_size), cut(cu_q, T, tiles.rows)
     has_codes = pv == "int8"
     codes = quantize_keys_and_values(
-        k, v, cu_k, blocks, smooth_k=smooth_k, has_codes=has_codes, per_channel=v_granularity == "channel", tile=tile
+        k,
+        v,
+        cu_k,
+        blocks,
+        smooth_k=smooth_k,
+        has_codes=has_codes,
+        per_channel=v_granularity == "channel",
+        tile=tile,
     )
-    # Pointers that a form does not read are any tensor.
-    absent: dict[str, Any] = {name: lse for name in ("k_mean_BKH", "v_scale_BKV", "v_sum_KMV")}
-    given = {name: x for name, x in codes._asdict().items() if x is not None}
-    given = {"v8_KMVJ": v, **absent, **given}
+    k8, k_scale, k_mean, v8, v_scale, v_sum = codes
+    unread = lse  # stands for tensors that this form does not have
     _forward[(places.row_M.numel(), N)](
-        q, given["k8_KSH"], given["k_scale_KS"], given["k_mean_BKH"], given["v8_KMVJ"], given["v_scale_BKV"],
-        given["v_sum_KMV"], lse if sink is None else sink, out, lse,
+        q, k8, k_scale, unread if k_mean is None else k_mean, v if v8 is None else v8,
+        unread if v_scale is None else v_scale, unread if v_sum is None else v_sum,
+        unread if sink is None else sink, out, lse,
         places.row_M, places.place_M, places.count_M, places.sequence_M, cu_q, cu_k, blocks.first_B,
         q.stride(0), q.stride(1), v.stride(0), v.stride(1), T, S, blocks.row_M.numel(),
         scale, scale * LOG2_E, window or 0,

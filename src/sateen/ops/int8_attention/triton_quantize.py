@@ -4,7 +4,7 @@ Keys are stored head by head with a scale per token. Values are stored by block 
 block side by side: the order int8 tensor cores read them in. Queries are quantised by the kernels that use
 them. Shape letters as in `__init__.py`; B sequences, M key blocks, J places of a block's tile.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def _survey(
     j, h, w = tl.arange(0, TILE), tl.arange(0, H_PAD), tl.arange(0, V_PAD)
     row = tl.load(rows + number).to(tl.int64) + j
     here = j < tl.load(counts + number)
-    keys = tl.load(k + row[:, None] * k_s + head * k_k + h[None, :], mask=here[:, None] & (h[None, :] < H), other=0.0)
+    keys = tl.load(
+        k + row[:, None] * k_s + head * k_k + h[None, :], mask=here[:, None] & (h[None, :] < H), other=0.0
+    )
     tl.store(k_sum + (number * K + head) * H + h, tl.sum(keys.to(tl.float32), 0), mask=h < H)
     values = tl.load(
         v + row[:, None] * v_s + head * v_k + w[None, :], mask=here[:, None] & (w[None, :] < V), other=0.0
@@ -102,7 +104,9 @@ def _encode_keys(
     j, h = tl.arange(0, TILE), tl.arange(0, H_PAD)
     row = tl.load(rows + number).to(tl.int64) + j
     here = j < tl.load(counts + number)
-    keys = tl.load(k + row[:, None] * k_s + head * k_k + h[None, :], mask=here[:, None] & (h[None, :] < H), other=0.0)
+    keys = tl.load(
+        k + row[:, None] * k_s + head * k_k + h[None, :], mask=here[:, None] & (h[None, :] < H), other=0.0
+    )
     keys = keys.to(tl.float32)
     if SMOOTH:
         middle = (tl.load(sequences + number).to(tl.int64) * tl.num_programs(1) + head) * H
@@ -184,8 +188,8 @@ def quantize_keys_and_values(
     v_sum = torch.empty(K, M, padded(V), dtype=torch.int32, device=device) if has_codes else None
     if M:
         _encode_keys[(M, K)](
-            k, mean, blocks.row_M, blocks.count_M, blocks.sequence_M, k8, k_scale, k.stride(0), k.stride(1), S,
-            SMOOTH=smooth_k, **sizes,
+            k, mean, blocks.row_M, blocks.count_M, blocks.sequence_M, k8, k_scale,
+            k.stride(0), k.stride(1), S, SMOOTH=smooth_k, **sizes,
         )  # fmt: skip
         if has_codes:
             _encode_values[(M, K)](

@@ -5,7 +5,7 @@ several programs where tiles are few, and `merge_parts` joins their results. Cod
 whole numbers that float16 holds and float32 sums exactly, so their product runs on float16 tensor cores,
 which read values in the order the cache keeps them. Shape letters as in `__init__.py`; B sequences.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def _forward(
         here = (j < BLOCK) & (key < length)
         source = k_row + key
         k_tile = tl.load(
-            k8 + source[:, None] * k_s + head * k_k + h[None, :], mask=here[:, None] & (h[None, :] < H), other=0
+            k8 + source[:, None] * k_s + head * k_k + h[None, :],
+            mask=here[:, None] & (h[None, :] < H),
+            other=0,
         )
         step = tl.load(k_scale + source * ks_s + head * ks_k, mask=here, other=0.0)
         products = tl.dot(q8, tl.trans(k_tile), out_dtype=tl.int32)
@@ -91,7 +93,9 @@ def _forward(
         divisor = tl.where(row_scale > 0, row_scale, 1.0)[:, None] + tl.zeros_like(weighted)
         codes = tl.minimum(round_even(tl.div_rn(weighted, divisor)), 255.0)
         v_tile = tl.load(
-            v8 + source[:, None] * v_s + head * v_k + w[None, :], mask=here[:, None] & (w[None, :] < V), other=0
+            v8 + source[:, None] * v_s + head * v_k + w[None, :],
+            mask=here[:, None] & (w[None, :] < V),
+            other=0,
         )
         product = tl.dot(codes.to(tl.float16), v_tile.to(tl.float16))
         acc = acc * decay[:, None] + product * row_scale[:, None]
@@ -107,7 +111,7 @@ def _forward(
         acc = acc / (1.0 + tl.exp(logit - whole))[:, None]
     tl.store(lse + (part * N + n) * T + t, whole, mask=used)
     tl.store(
-        out + ((part * T.to(tl.int64) + t[:, None]) * N + n[:, None]) * V + w[None, :],
+        out + ((part.to(tl.int64) * T + t[:, None]) * N + n[:, None]) * V + w[None, :],
         acc.to(out.dtype.element_ty),
         mask=used[:, None] & (w[None, :] < V),
     )
@@ -126,7 +130,7 @@ class Tiles(NamedTuple):
     rows: int
     parts: int | None = None
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 1
 
 
 def rows_forward(
@@ -140,7 +144,9 @@ def rows_forward(
         return q.new_empty(T, N, V), q.new_empty(N, T, dtype=torch.float32)
     tile = padded(block_size)
     few, many = max(16, int(triton.next_power_of_2(G))), 64
-    tiles = tiles or Tiles(rows=few if T <= 4 * B else max(few, many))
+    numbers = tile * max(padded(H), padded(V))  # of a tile of keys or values, whose size bounds the stages
+    stages = 3 if numbers <= 64 * 128 else 2 if numbers <= 128 * 128 else 1
+    tiles = tiles or Tiles(rows=few if T <= 4 * B else max(few, many), num_stages=stages)
     queries = tiles.rows // G
     places = cut(cu_q, T, queries)
     programs = places.row_M.numel() * K
