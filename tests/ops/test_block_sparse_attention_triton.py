@@ -33,22 +33,22 @@ TOLERANCES = {torch.float32: (1e-6, 2e-6), torch.float16: (1e-3, 2e-3), torch.bf
 # lengths of queries, of keys (None: the same), (N, K, H, V), block size, blocks per query, has a sink
 GRID = {
     "one token": ([1], None, (2, 1, 8, 8), 64, 1, True),
-    "part of a block": ([17], None, (2, 1, 40, 24), 64, 1, False),
-    "odd blocks": ([11, 3, 0, 8], None, (4, 2, 80, 40), 3, 2, True),
-    "single tokens": ([13, 5], None, (4, 1, 8, 4), 1, 5, True),
-    "single tokens past a tile": ([35], None, (1, 1, 8, 8), 1, 35, False),
-    "group of eight": ([18], None, (8, 1, 16, 16), 8, 2, True),
-    "group of three": ([17], None, (6, 2, 24, 64), 16, 1, False),
-    "group past sixteen": ([9], None, (20, 1, 8, 8), 4, 2, True),
-    "no groups, long lists": ([36], None, (1, 1, 8, 8), 16, 3, True),
+    "part of a block": ([9], None, (2, 1, 40, 24), 64, 1, False),
+    "odd blocks": ([6, 3, 0, 5], None, (4, 2, 80, 40), 3, 2, True),
+    "single tokens": ([8, 4], None, (4, 1, 8, 4), 1, 4, True),
+    "single tokens past a tile": ([2], [40], (1, 1, 8, 8), 1, 36, False),
+    "group of eight": ([11], None, (8, 1, 16, 16), 4, 2, True),
+    "group of three": ([10], None, (6, 2, 24, 64), 4, 2, False),
+    "group past sixteen": ([6], None, (20, 1, 8, 8), 4, 2, True),
+    "no groups, long lists": ([5], [50], (1, 1, 8, 8), 16, 3, True),
     "blocks longer than a tile": ([2], [130], (2, 2, 8, 8), 100, 2, True),
     "decode": ([1, 3, 1, 0], [9, 3, 100, 4], (4, 2, 8, 4), 16, 4, True),
-    "chunked prefill": ([9, 2], [70, 40], (2, 1, 64, 64), 32, 2, False),
+    "chunked prefill": ([4, 2], [70, 40], (2, 1, 64, 64), 32, 2, False),
     "queries without keys": ([4, 3, 2], [2, 0, 5], (2, 1, 8, 8), 2, 1, True),
     "queries without keys or sinks": ([4, 3, 2], [2, 0, 5], (2, 1, 8, 8), 2, 1, False),
     "nothing": ([0, 0], None, (2, 1, 8, 8), 4, 1, True),
 }
-SHORT = ["odd blocks", "single tokens", "group of eight", "decode"]
+SHORT = ["group of eight", "decode"]
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="starts the other tests where they cannot run")
@@ -130,7 +130,7 @@ def test_forward_and_gradients_match_the_reference_in_float64(case, dtype, measu
 
 
 @runs_here
-@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("parts", [3, 5])
 @pytest.mark.parametrize("case", ["decode", "blocks longer than a tile", "queries without keys"])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_lists_in_parts_match(case, parts, measure, make_packed):
@@ -212,7 +212,8 @@ def test_the_custom_op_keeps_torchs_rules(make_packed):
     leaves, _, idx, settings = prepare("queries without keys", torch.float32, make_packed)
     q, k, v, sink = (leaves[name].requires_grad_() for name in ("q", "k", "v", "sink"))
     args = (q, k, v, sink, idx, settings["cu_seqlens_q"], settings["cu_seqlens_k"], 2, 0.5)
-    torch.library.opcheck(sparse_forward, args)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    assert set(torch.library.opcheck(sparse_forward, args, test_utils=checks).values()) == {"SUCCESS"}
 
 
 def test_auto_takes_the_kernels_on_cuda_only_and_refusals_say_why():
