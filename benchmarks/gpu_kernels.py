@@ -22,6 +22,7 @@ from typing import Any
 
 import _gpu_check as check
 import torch
+from _gpu_tune import tune
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -238,6 +239,7 @@ SECTIONS: dict[str, tuple[Callable[..., list[check.Check]], Callable[[Clock, boo
     "rows": (check.int8, rows),
     "decode": (check.block_sparse, decode),
     "sparse": (check.block_sparse, sparse),
+    "tune": (check.block_sparse, tune),
 }
 
 
@@ -258,8 +260,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = list(SECTIONS)
-    parser.add_argument("--sections", nargs="+", choices=names, default=names, help="default: all")
+    names, usual = list(SECTIONS), [name for name in SECTIONS if name != "tune"]
+    parser.add_argument("--sections", nargs="+", choices=names, default=usual, help="default: all but tune")
     parser.add_argument(
         "--rounds", type=int, default=15, help="calls of each candidate (default: %(default)s)"
     )

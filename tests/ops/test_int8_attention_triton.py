@@ -91,8 +91,8 @@ def test_codes_scales_and_sums_are_those_of_the_definition(smooth_k, granularity
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(S, K, width, generator=generator).to(DEVICE) for width in (H, V))
     k[3], v[40, 1], k[5] = 0.0, 0.0, 1e-41
-    k[7] = torch.linspace(-127, 127, H) + 0.5  # with a scale of 1, half-way cases
-    k[7, :, 0] = 127
+    k[7] = torch.arange(H) - 19.5
+    k[7, :, 0] = 127.0  # the scale is 1 and all others are half-way between two codes
     blocks = cut(cu, S, size)
     codes = quantize_keys_and_values(
         k, v, cu, blocks, smooth_k=smooth_k, has_codes=True, per_channel=granularity == "channel", tile=32
