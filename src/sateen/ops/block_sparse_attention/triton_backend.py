@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sateen.ops.block_sparse_attention.reference import OP
 from sateen.ops.spans import stand
-from sateen.ops.triton import PRIORITY, triton_available
+from sateen.ops.triton import PRIORITY, readable, triton_available
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD, MAX_GROUP = 256, 64  # what a tile holds
@@ -75,11 +75,6 @@ def _gradients(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None
 sparse_forward.register_autograd(_gradients, setup_context=_save)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With contiguous last dimension, as the kernels read it; a copy only where needed."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _why_not(q_TNH: Tensor, k_SKH: Tensor, v_SKV: Tensor, *_: Tensor, **__: Any) -> str | None:
     if q_TNH.dtype not in DTYPES or not q_TNH.dtype == k_SKH.dtype == v_SKV.dtype:
         return (
@@ -110,7 +105,7 @@ def block_sparse_attention_triton(
     Source: an online softmax as in Dao 2023, FlashAttention-2 (arXiv 2307.08691, algorithms 1-2), over the
     blocks of HySparse (arXiv 2602.03560, eq. 6-7).
     """
-    q, k, v = _rows(q_TNH), _rows(k_SKH), _rows(v_SKV)
+    q, k, v = readable(q_TNH), readable(k_SKH), readable(v_SKV)
     out, lse = sparse_forward(
         q, k, v, sink_N, idx_KTn.int(), cu_seqlens_q.int(), cu_seqlens_k.int(), block_size, scale
     )

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sateen.ops.block_sparse_attention.triton_forward import LOG2_E, Tiles, dot_dtype, padded, tiles_for
+from sateen.ops.block_sparse_attention.triton_forward import LOG2_E, Tiles, padded, tiles_for
 from sateen.ops.spans import Blocks, Queries, cut
+from sateen.ops.triton import dot_dtype
 
 
 class Listing(NamedTuple):

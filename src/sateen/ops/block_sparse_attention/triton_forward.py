@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sateen.ops.spans import Queries
-from sateen.ops.triton import INTERPRETED
+from sateen.ops.triton import dot_dtype
 from sateen.ops.triton_merge import merge_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -131,13 +131,6 @@ def tiles_for(q: Tensor, v: Tensor) -> Tiles:
 def padded(size: int) -> int:
     """The size of a tile's side that holds `size` channels: a power of two, and what `tl.dot` takes."""
     return max(16, int(triton.next_power_of_2(size)))
-
-
-def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What matrix products read; the interpreter has no bfloat16 products, so there it is float32."""
-    if INTERPRETED and dtype == torch.bfloat16:
-        return tl.float32
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
 def _parts(programs: int, length: int, tiles: Tiles, device: torch.device) -> int:

@@ -13,15 +13,10 @@ from torch import Tensor
 
 from sateen.ops.int8_attention.quantize import Int8Rows
 from sateen.ops.int8_attention.reference import OP, P_LEVELS, ROWS
-from sateen.ops.triton import PRIORITY, triton_available
+from sateen.ops.triton import PRIORITY, readable, triton_available
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD, MAX_BLOCK, MAX_GROUP = 256, 128, 64  # what a tile holds
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With contiguous last dimension, as the kernels read it; a copy only where needed."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _why_not(
@@ -72,7 +67,7 @@ def int8_attention_triton(
     from sateen.ops.int8_attention.triton_forward import forward
 
     out, lse = forward(
-        _rows(q_TNH), _rows(k_SKH), _rows(v_SKV), cu_seqlens_q.int(), cu_seqlens_k.int(), sink_N,
+        readable(q_TNH), readable(k_SKH), readable(v_SKV), cu_seqlens_q.int(), cu_seqlens_k.int(), sink_N,
         causal=causal, scale=scale, window=window, smooth_k=smooth_k, pv=pv, levels=P_LEVELS[p_bits],
         v_granularity=v_granularity, row_sum=row_sum, block_size=block_size,
     )  # fmt: skip
@@ -95,9 +90,9 @@ def int8_rows_triton(
     """See `sateen.ops.int8_rows_attention`."""
     from sateen.ops.int8_attention.triton_rows import rows_forward
 
-    rows = rows._replace(k_SKH=_rows(rows.k_SKH), v_SKV=_rows(rows.v_SKV))
+    rows = rows._replace(k_SKH=readable(rows.k_SKH), v_SKV=readable(rows.v_SKV))
     out, lse = rows_forward(
-        _rows(q_TNH), rows, cu_seqlens_q.int(), cu_seqlens_k.int(), sink_N,
+        readable(q_TNH), rows, cu_seqlens_q.int(), cu_seqlens_k.int(), sink_N,
         scale=scale, window=window, block_size=block_size,
     )  # fmt: skip
     return (out, lse) if return_lse else out

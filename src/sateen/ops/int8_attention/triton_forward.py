@@ -22,7 +22,7 @@ from sateen.ops.int8_attention.triton_quantize import (
     round_even,
 )
 from sateen.ops.spans import cut
-from sateen.ops.triton import INTERPRETED
+from sateen.ops.triton import dot_dtype
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -223,14 +223,7 @@ def forward(
         scale, scale * LOG2_E, window or 0,
         G=N // K, H=H, V=V, ROWS=tiles.rows, BLOCK=block_size, TILE=tile, H_PAD=padded(H), V_PAD=padded(V),
         CAUSAL=causal, HAS_WINDOW=window is not None, SMOOTH=smooth_k, HAS_SINK=sink is not None,
-        HAS_CODES=has_codes, LEVELS=levels, SUM_CODES=row_sum == "int8", DOT=_dot_dtype(v.dtype),
+        HAS_CODES=has_codes, LEVELS=levels, SUM_CODES=row_sum == "int8", DOT=dot_dtype(v.dtype),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse
-
-
-def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What P times float values is computed in; the interpreter has no bfloat16 products."""
-    if dtype == torch.float32 or (INTERPRETED and dtype == torch.bfloat16):
-        return tl.float32
-    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
