@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -246,8 +247,10 @@ SECTIONS: dict[str, tuple[Callable[..., list[check.Check]], Callable[[Clock, boo
 def _machine(device: str) -> Row:
     import triton
 
-    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    revision = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+    revision = ""
+    if shutil.which("git"):
+        ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        revision = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
     found: Row = {"torch": torch.__version__, "triton": triton.__version__, "revision": revision or None}
     if device == "cuda":
         facts = torch.cuda.get_device_properties(0)
