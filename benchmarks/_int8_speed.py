@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from _pairs import interleave, line, ratios, row
+from sateen.engine.native_step import NativeStep
 from torch.nn import functional as F
 
 from sateen import ops
 from sateen.engine.cache import KVCache
-from sateen.engine.native_step import NativeStep
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import LayerLinks

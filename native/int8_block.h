@@ -40,13 +40,6 @@ SATEEN_APART void score_stripe(const Tile& tile, long lane, const RowStates& s, 
     multiply_keys<ROWS>(b.k + stripe * quads * kStripe * 4, quads, s.codes + lane * s.stride, s.stride, s.start + lane, take);
 }
 
-template <int D = W / 2>
-SATEEN_INLINE float greatest(vfloat x) {
-    x = maximum(x, from_bits(swap<D>(bits(x), std::make_integer_sequence<int, W>{})));
-    if constexpr (D > 1) return greatest<D / 2>(x);
-    else return x[0];
-}
-
 // Four vectors, or what 64 codes are in vectors of this level, of numbers 0..255 to bytes.
 SATEEN_INLINE void store_codes(const vint (&x)[kStripe / W], byte* to) {
 #if defined(__AVX512BW__)
@@ -91,7 +84,7 @@ SATEEN_APART inline float weighted_codes(float* p, const float* v_scale, byte* c
         store(p + at, x);
         most = maximum(x, most);
     }
-    const float size = greatest(most) / 255.0f;
+    const float size = max_lanes(most) / 255.0f;
     const vfloat per_size = splat(size > 0.0f ? 1.0f / size : 0.0f);
     for (long at = from; at < to; at += kStripe) {
         vint rounded[kStripe / W];
@@ -149,7 +142,7 @@ void fold_rows(const Form& form, const Tile& tile, long lane, const RowStates& s
     float size[ROWS];
     for (int r = 0; r < ROWS; ++r) {
         const long i = lane + r;
-        const float before = s.top[i], found = greatest(most[r]);
+        const float before = s.top[i], found = max_lanes(most[r]);
         s.top[i] = found > before ? found : before;
         const float base = s.top[i] == -kInf ? 0.0f : s.top[i];
         shrink[r] = exp2_fast(splat(before - base))[0];

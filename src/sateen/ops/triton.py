@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
+import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,3 +26,17 @@ def triton_available(x: Tensor) -> str | None:
     if x.device.type == "cuda" or INTERPRETED:
         return None
     return f"it runs on CUDA and the tensors are on {x.device.type}; TRITON_INTERPRET=1 interprets it here"
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` with contiguous last dimension, as kernels read it; a copy only where needed."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def dot_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of what matrix products read; the interpreter has no products of bfloat16 numbers."""
+    import triton.language as tl
+
+    if INTERPRETED and dtype == torch.bfloat16:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

@@ -9,6 +9,7 @@ from sateen.errors import ShapeError
 from sateen.ops.block_sparse_attention.gathered import block_sparse_attention_torch
 from sateen.ops.block_sparse_attention.native import block_sparse_attention_native
 from sateen.ops.block_sparse_attention.reference import OP, block_sparse_attention_reference
+from sateen.ops.block_sparse_attention.triton_backend import block_sparse_attention_triton
 from sateen.ops.packed import check_packed
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "block_sparse_attention_native",
     "block_sparse_attention_reference",
     "block_sparse_attention_torch",
+    "block_sparse_attention_triton",
 ]
 
 

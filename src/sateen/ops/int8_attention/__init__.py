@@ -9,6 +9,7 @@ from sateen.errors import ShapeError, unknown_name
 from sateen.ops.int8_attention.native import int8_attention_native, int8_rows_attention_native
 from sateen.ops.int8_attention.quantize import Int8Rows, integer_matmul, quantize_int8
 from sateen.ops.int8_attention.reference import OP, P_LEVELS, ROWS_OP
+from sateen.ops.int8_attention.triton_backend import int8_attention_triton, int8_rows_triton
 from sateen.ops.packed import check_packed
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "Int8Rows",
     "int8_attention",
     "int8_attention_native",
+    "int8_attention_triton",
     "int8_rows_attention",
     "int8_rows_attention_native",
+    "int8_rows_triton",
     "int8_sdpa",
     "integer_matmul",
     "quantize_int8",
