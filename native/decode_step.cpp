@@ -160,6 +160,8 @@ void with_team(const DecodeScratch& scratch, int num_threads, Work work) {
     }
 }
 
+constexpr long kRestRows = 512;  // outputs that are computed in two parts and added up
+
 thread_local Scratch prepared_scratch;
 
 void* take_prepared(long bytes) { return prepared_scratch.take(divide_up(bytes, sizeof(float))); }
@@ -187,14 +189,34 @@ void decode_step(const DecodeStep& given) {
     with_team(p, p.num_threads, [&](Team& team) { run(p, team); });
 }
 
+// Integer weights of the output matrix read their inputs in two parts; see linear_prepare_rest.
 void decode_logits(const DecodeLogits& p) {
-    void* const prepared = take_prepared(linear_scratch_bytes(p.head.format, p.D, p.M));
+    const bool is_integer = p.head.format == Format::int8 || p.head.format == Format::int4;
+    const long tokens = is_integer ? 2 * p.M : p.M;
+    void* const prepared = take_prepared(linear_scratch_bytes(p.head.format, p.D, tokens));
     with_team(p, p.num_threads, [&](Team& team) {
         team.share(p.M, [&](long m) {
+            const float* const x = p.norm ? p.normed : p.x;
             if (p.norm) normalise(p.x + m * p.D, p.norm, p.D, p.eps, p.normed + m * p.D);
-            prepare(p.head, p.norm ? p.normed : p.x, m, prepared);
+            prepare(p.head, x, m, prepared);
+            if (is_integer) linear_prepare_rest(x + m * p.D, p.D, m, p.M + m, prepared);
         });
-        multiply_all<1>(team, prepared, p.M, {{&p.head, p.logits}});
+        if (!is_integer) return multiply_all<1>(team, prepared, p.M, {{&p.head, p.logits}});
+        Linear head = p.head;
+        head.bias = nullptr;  // once for both parts
+        const Shares shares(head, num_panels(head), team.size);
+        team.share(shares.count(), [&](long share) {
+            const auto [first, last] = rows_of(head, shares.panels(share));
+            float* const both = attention_scratch.take(tokens * kRestRows);
+            for (long row = first; row < last; row += kRestRows) {
+                const long end = row + kRestRows < last ? row + kRestRows : last;
+                linear_multiply(head, prepared, tokens, row, end, both - row, kRestRows);
+                for (long m = 0; m < p.M; ++m)
+                    for (long r = 0; r < end - row; ++r)
+                        p.logits[m * head.rows + row + r] = both[m * kRestRows + r] + both[(p.M + m) * kRestRows + r] +
+                                                            (p.head.bias ? p.head.bias[row + r] : 0.0f);
+            }
+        });
     });
 }
 

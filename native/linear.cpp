@@ -23,6 +23,10 @@ void linear_prepare(Format format, const float* x, long x_stride, long columns, 
     }
 }
 
+void linear_prepare_rest(const float* x, long columns, long from, long to, void* scratch) {
+    prepare_rest(x, columns, from, to, scratch);
+}
+
 namespace {
 
 constexpr long kBlockBytes = 256 * 1024;  // of activations, which stay in the second cache while weights pass by

@@ -79,6 +79,10 @@ long linear_scratch_bytes(Format format, long columns, long M);
 // for bfloat16 weights, or int8 codes with a scale per group of 32.
 void linear_prepare(Format format, const float* x, long x_stride, long columns, long first, long last, void* scratch);
 
+// What the prepared int8 codes of token `from` left of its activations x, prepared as token `to`: the two products add up
+// to that of activations of nearly 16 bits.
+void linear_prepare_rest(const float* x, long columns, long from, long to, void* scratch);
+
 // y[m * y_stride + row] for tokens [0, M) and rows [first_row, last_row); first_row is a multiple of kLinearRows, and
 // so is last_row unless it is the number of rows.
 void linear_multiply(const Linear& linear, const void* scratch, long M, long first_row, long last_row, float* y,

@@ -84,6 +84,17 @@ inline void prepare_integer(const float* x, long x_stride, long columns, long fi
     }
 }
 
+inline void prepare_rest(const float* x, long columns, long from, long to, void* scratch) {
+    const Group* const rounded = group_at(scratch, columns, from);
+    Group* const token = group_at(scratch, columns, to);
+    for (long g = 0; g < groups_of(columns); ++g) {
+        const long first = g * kLinearGroup, count = columns - first < kLinearGroup ? columns - first : kLinearGroup;
+        float rest[kLinearGroup] = {};
+        for (long i = 0; i < count; ++i) rest[i] = x[first + i] - rounded[g].scale * float(rounded[g].codes[i]);
+        prepare_group(rest, token[g]);
+    }
+}
+
 // Four consecutive codes of a token, for every lane, as products need them.
 struct Codes {
 #ifdef __AVX512VNNI__

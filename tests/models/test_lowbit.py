@@ -15,7 +15,7 @@ from sateen.models.decoder import Decoder
 from sateen.models.lowbit import lowbit_model
 from sateen.models.quantize import quantize_model
 from sateen.models.registry import preset
-from sateen.nn.quant.int8 import IntegerExperts, IntegerLinear
+from sateen.nn.quant.int8 import IntegerExperts, IntegerHead, IntegerLinear
 from sateen.nn.spec import QuantSpec
 
 LLAMA = {
@@ -172,3 +172,17 @@ def test_an_update_that_does_not_fit_changes_nothing():
         with pytest.raises(CheckpointError, match="the weights are not this model's"):
             llm.update_weights(WeightUpdate(1, broken))
         assert torch.equal(logits(llm.model), before)
+
+
+def test_the_output_matrix_reads_its_inputs_more_finely():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(200, 64, bias=True)
+    x = torch.randn(5, 200) * torch.logspace(-3, 3, 5)[:, None]
+    with torch.no_grad():
+        plain, head = IntegerLinear(linear, "int8"), IntegerHead(linear, "int8")
+        product = x.double() @ head.weight.double().T
+        want = product + linear.bias.double()
+        errors = [(layer(x).double() - want).norm(dim=1) / product.norm(dim=1) for layer in (plain, head)]
+    assert errors[0].min() > 1e-3
+    assert errors[1].max() < 3e-5
+    assert head(x[:0]).shape == (0, 64)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sateen.errors import ConfigError, unknown_name
 from sateen.models.decoder import Decoder
 from sateen.nn.moe import Experts
-from sateen.nn.quant.int8 import IntegerExperts, IntegerLinear
+from sateen.nn.quant.int8 import IntegerExperts, IntegerHead, IntegerLinear
 from sateen.ops.pages import move_to_huge_pages
 
 WEIGHTS = ("int8", "int4")
@@ -23,8 +23,8 @@ HEAD = "lm_head"
 def lowbit_model(model: Decoder, weights: str, *, in_place: bool = False) -> Decoder:
     """A serving model whose linear layers and experts have weights of eight or four bits.
 
-    The output matrix is int8 with both, because its errors go straight into the logits; where it is tied, the
-    embedding stays beside it as it was. Embeddings, norms, routers and biases are shared with the given one.
+    The output matrix is int8 with both and reads its inputs more finely, because its errors go straight into
+    the logits; where it is tied, the embedding stays beside it as it was. Embeddings, norms, routers and biases are shared with the given one.
 
     Args:
         weights: `int8` or `int4`; see `ops.pack_int8` and `ops.pack_int4`.
@@ -52,7 +52,8 @@ def lowbit_model(model: Decoder, weights: str, *, in_place: bool = False) -> Dec
         make = _form(module)
         assert make is not None
         owner, _, leaf = name.rpartition(".")
-        setattr(packed.get_submodule(owner), leaf, make(module, "int8" if name == HEAD else weights))
+        made = IntegerHead(module, "int8") if name == HEAD else make(module, weights)
+        setattr(packed.get_submodule(owner), leaf, made)
         count += 1
     if count <= 1:
         raise ConfigError(f"weights {weights!r} found no linear layers to pack; it is for real-valued models")

@@ -19,6 +19,7 @@ from sateen.errors import ConfigError
 from sateen.nn.moe import Experts
 from sateen.ops import PackedInt4, PackedInt8
 from sateen.ops.lowbit_matmul.packing import PANEL
+from sateen.ops.lowbit_matmul.reference import activation_codes
 
 PACK: dict[str, Callable[[Tensor], PackedInt8 | PackedInt4]] = {"int8": ops.pack_int8, "int4": ops.pack_int4}
 STORED: dict[str, type[PackedInt8] | type[PackedInt4]] = {"int8": PackedInt8, "int4": PackedInt4}
@@ -93,6 +94,22 @@ class IntegerLinear(_Serving):
 
     def extra_repr(self) -> str:
         return f"{self.weights}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+class IntegerHead(IntegerLinear):
+    """An output matrix: its inputs are rounded to int8 in two parts, the second what the first leaves.
+
+    Its errors go straight into the logits, and while weights are waited for a second product costs little.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features).float()
+        codes, size = activation_codes(rows)
+        rounded = (codes * size.unsqueeze(-1)).flatten(1)[:, : self.in_features]
+        both = ops.lowbit_matmul(torch.cat([rows, rows - rounded]), self.stored())
+        y = both[: len(rows)] + both[len(rows) :]
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 class IntegerExperts(_Serving):
