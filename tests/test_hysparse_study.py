@@ -148,8 +148,8 @@ def test_finished_runs_are_neither_repeated_nor_measured_again(monkeypatch, tmp_
 
 def test_counts_shrink_with_the_length():
     parameters = study.parameters(config("full"), "multikey", 256)
-    assert (parameters["length"], parameters["num_keys"]) == (254, 12)
-    assert study.parameters(config("full"), "multikey", 1024)["num_keys"] == 48
+    assert (parameters["length"], parameters["num_keys"]) == (254, 8)
+    assert study.parameters(config("full"), "multikey", 1024)["num_keys"] == 32
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from sateen.data.tasks import Example, Task, is_held_out
 from sateen.data.tokenizer import Tokenizer
 from sateen.errors import ConfigError
 
+_TRIES = 50
+
 Facts = Sequence[tuple[str, float]]
 """Lines of facts, each with its depth: the share of the other text that stands before it."""
 
@@ -129,9 +131,18 @@ class LongTask(Task):
         self._costs: dict[str, int] = {}
         self.chance = 1 / len(self.words)
 
+    @property
+    def num_names(self) -> int:
+        """Words that may not stand in the other text."""
+        raise NotImplementedError
+
     def sample(self, rng: random.Random) -> LongExample:
-        filler = self._filler(rng)
-        facts, questions, depth = self.draw(rng, self._unused(filler))
+        for _ in range(_TRIES):  # some stretch of the text leaves enough words
+            filler = self._filler(rng)
+            words = self._unused(filler)
+            if len(words) >= self.num_names:
+                break
+        facts, questions, depth = self.draw(rng, words)
         return self._fitted(filler, facts, questions, depth)
 
     def draw(self, rng: random.Random, words: list[str]) -> tuple[Facts, list[tuple[str, str]], float]:
@@ -149,11 +160,19 @@ class LongTask(Task):
         return output_text.split("\n")[0].split()[: len(wanted)] == wanted
 
     def value_of(self, rng: random.Random, key: str, words: Sequence[str]) -> str:
-        """A value that may go with the key on this side of the held-out split."""
-        while True:
+        """A value that may go with the key on this side of the held-out split.
+
+        Raises:
+            ConfigError: there is none among so few words.
+        """
+        for _ in range(_TRIES * len(words)):
             value = rng.choice(words)
             if value != key and is_held_out(f"{key} {value}", self.heldout_share) == self.is_heldout:
                 return value
+        raise ConfigError(
+            f"{self.name}: none of {len(words)} words may be the value of {key!r}, as the hash of both "
+            "decides which pairs are held out; use more words"
+        )
 
     def depths(self, rng: random.Random, count: int) -> list[float]:
         """Places of facts; the first is the asked one's."""
@@ -254,6 +273,10 @@ class Needle(LongTask, name="needle"):
             )
         self.num_keys = num_keys
 
+    @property
+    def num_names(self) -> int:
+        return self.num_keys
+
     def draw(self, rng: random.Random, words: list[str]) -> tuple[Facts, list[tuple[str, str]], float]:
         keys = self.keys(rng, words, self.num_keys)
         values = {key: self.value_of(rng, key, words) for key in keys}
@@ -292,8 +315,12 @@ class VariableTracking(LongTask, name="vt"):
         self.num_hops, self.num_chains = num_hops, num_chains
         self.chance = len(self.words) ** -float(num_hops)
 
+    @property
+    def num_names(self) -> int:
+        return self.num_chains * (self.num_hops + 1)
+
     def draw(self, rng: random.Random, words: list[str]) -> tuple[Facts, list[tuple[str, str]], float]:
-        keys = self.keys(rng, words, self.num_chains * (self.num_hops + 1))
+        keys = self.keys(rng, words, self.num_names)
         facts, questions, depth = [], [], 0.0
         for i in range(self.num_chains):
             chain = keys[i * (self.num_hops + 1) : (i + 1) * (self.num_hops + 1)]  # the value, then the names
