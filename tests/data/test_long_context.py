@@ -243,3 +243,11 @@ def test_the_tasks_have_their_names_and_chances():
     assert Task.is_chat
     assert make(Needle).chance == 1 / 100
     assert make(VariableTracking, num_hops=3).chance == pytest.approx(1e-6)
+
+
+def test_few_words_are_drawn_again_until_every_pair_is_on_its_side():
+    task = make(VariableTracking, words=WORDS[:22], num_chains=5, num_queries=5, length=120, is_heldout=True)
+    train = make(VariableTracking, words=WORDS[:22], num_chains=5, num_queries=5, length=120)
+    for seed in range(100):
+        assert len(facts_of(task.sample(random.Random(seed)).prompt)) == 10
+        assert len(facts_of(train.sample(random.Random(seed)).prompt)) == 10

@@ -23,6 +23,10 @@ Facts = Sequence[tuple[str, float]]
 """Lines of facts, each with its depth: the share of the other text that stands before it."""
 
 
+class _NoPairError(ConfigError):
+    """No word on this side of the held-out split goes with a key; other keys may have one."""
+
+
 @dataclass(frozen=True)
 class LongExample(Example):
     """A question over a long text.
@@ -137,12 +141,17 @@ class LongTask(Task):
         raise NotImplementedError
 
     def sample(self, rng: random.Random) -> LongExample:
-        for _ in range(_TRIES):  # some stretch of the text leaves enough words
+        for left in reversed(range(_TRIES)):
             filler = self._filler(rng)
             words = self._unused(filler)
-            if len(words) >= self.num_names:
+            if left and len(words) < self.num_names:
+                continue  # another stretch of the text leaves enough words
+            try:
+                facts, questions, depth = self.draw(rng, words)
                 break
-        facts, questions, depth = self.draw(rng, words)
+            except _NoPairError:
+                if not left:
+                    raise
         return self._fitted(filler, facts, questions, depth)
 
     def draw(self, rng: random.Random, words: list[str]) -> tuple[Facts, list[tuple[str, str]], float]:
@@ -169,7 +178,7 @@ class LongTask(Task):
             value = rng.choice(words)
             if value != key and is_held_out(f"{key} {value}", self.heldout_share) == self.is_heldout:
                 return value
-        raise ConfigError(
+        raise _NoPairError(
             f"{self.name}: none of {len(words)} words may be the value of {key!r}, as the hash of both "
             "decides which pairs are held out; use more words"
         )
@@ -325,7 +334,7 @@ class VariableTracking(LongTask, name="vt"):
         for i in range(self.num_chains):
             chain = keys[i * (self.num_hops + 1) : (i + 1) * (self.num_hops + 1)]  # the value, then the names
             if is_held_out(f"{chain[1]} {chain[0]}", self.heldout_share) != self.is_heldout:
-                chain[0] = self.value_of(rng, chain[1], [w for w in words if w not in keys] or words)
+                chain[0] = self.value_of(rng, chain[1], [w for w in self.words if w not in keys])
             depths = sorted(rng.random() for _ in range(self.num_hops))  # a name is told after what it means
             if i == 0:
                 depth = depths[-1] = max(depths[-1] if self.depth is None else self.depth, depths[-1])
