@@ -170,6 +170,10 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-examples", type=_count, default=200, metavar="N", help="per task (200)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the task examples (default: 0)")
     parser.add_argument(
+        "--length", type=_counts, default=(), metavar="N,M",
+        help="tokens of the questions of needle, multikey, vt and cwe (1024)",
+    )  # fmt: skip
+    parser.add_argument(
         "--lm-eval", type=_names, default=(), metavar="A,B", help="tasks of lm-evaluation-harness instead"
     )
     parser.add_argument("--limit", type=_count, metavar="N", help="questions per harness task (all)")
@@ -369,6 +373,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(
         "sateen.eval.faces:main", "perplexity and verifiable tasks", _eval,
         ("eval runs/demo", "eval runs/demo --tasks perplexity,recall,sums --json",
+         "eval runs/demo --tasks needle,multikey,vt,cwe --length 256,1024",
          "eval runs/demo --lm-eval arc_easy,hellaswag --limit 100"),
     ),
     "data": Verb(

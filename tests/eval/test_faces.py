@@ -40,7 +40,7 @@ def test_lines_are_for_people() -> None:
 
 
 def test_an_unknown_task_is_refused_before_the_model_loads(tmp_path: Path) -> None:
-    known = r"\(known: recall, reverse, sort, sums\)"
+    known = r"\(known: cwe, multikey, needle, recall, reverse, sort, sums, vt\)"
     with pytest.raises(ConfigError, match=rf"unknown task 'sum'; did you mean sums\? {known}"):
         main(str(tmp_path / "no model here"), tasks=["sum"])
 

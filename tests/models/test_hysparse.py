@@ -108,6 +108,26 @@ def test_tensors_have_their_names():
     assert full == {f"{x}_proj.weight" for x in "qkvo"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "own", "rows"),
+    [
+        # arXiv 2602.03560 Table 4; rows of a context of 100 in units of one token's keys and values.
+        ({}, {"swa_k_proj.weight", "swa_v_proj.weight", "sink_swa"}, 3 * 100 + 4 * 32),
+        ({"share_kv_sa": False}, {"k_proj.weight", "v_proj.weight", "sink_swa"}, 7 * 100),
+        ({"share_kv_sa": False, "sparse_local": "none"}, {"k_proj.weight", "v_proj.weight"}, 7 * 100),
+        ({"share_kv_swa": True}, {"sink_swa"}, 3 * 100),
+    ],
+    ids=["HySparse", "no sharing", "no sharing and no window", "both share"],
+)
+def test_the_rows_of_the_ablation_own_and_store_what_they_read(changes, own, rows):
+    model = Decoder(config("hysparse-tiny", **changes))
+    names = {name for name, _ in model.model.layers[1].self_attn.named_parameters()}
+    assert names == {"q_proj.weight", "o_proj.weight", "gate_proj.weight", "sink_sa"} | own
+    layouts = [layout for layer in model.config.kv_layouts() for layout in layer]
+    assert sum(layout.rows(100) for layout in layouts) == rows
+    assert {layout.row_elements for layout in layouts if layout.kind != "shared"} == {2 * 2 * 32}
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_save_and_load_are_bit_identical(name, tmp_path):
     model = Decoder(config(name)).init_weights(3)
@@ -176,7 +196,10 @@ def test_decoding_makes_the_lists_of_one_forward(name):
         ({"sparse_select": "page"}, r"sparse_select 'page' is not supported; accepted: 'block', 'token'"),
         ({"sparse_local": "ring"}, r"sparse_local 'ring'.*'gated', 'forced', 'none'"),
         ({"gate_granularity": "layer"}, "gate_granularity 'layer'"),
-        ({"share_kv_swa": True}, "share_kv_swa True is not supported; accepted: False"),
+        ({"share_kv_swa": "yes"}, "share_kv_swa 'yes' is not supported; accepted: False, True"),
+        ({"share_kv_swa": True, "share_kv_sa": False}, "both true, both false"),
+        ({"share_kv_swa": True, "swa_rope_theta": 7}, "swa_rope_theta 7 has no meaning .* or give 10000.0"),
+        ({"share_kv_sa": False, "swa_num_key_value_heads": 1}, "swa_num_key_value_heads 1 .* or give 2"),
         ({"sparse_topk_tokens": 40}, "40 is not a positive multiple of the block size 16"),
         ({"sparse_topk_tokens": 0}, "0 is not a positive multiple"),
         ({"layer_types": ["sparse_attention"] * 7}, r"layer_types\[0\] is sparse_attention with no full"),

@@ -66,6 +66,9 @@ STACKS: dict[str, list[tuple[LayerSpec, ...]]] = {
             ),
         ),
         (ORACLE, replace(SPARSE, window=None, options={"block_size": 3, "sink_sa": False})),
+        (ORACLE, replace(SPARSE, options={"block_size": 3, "share_kv_sa": False})),
+        (ORACLE, replace(SPARSE, window=None, options={"block_size": 3, "share_kv_sa": False})),
+        (ORACLE, replace(SPARSE, options={"block_size": 3, "share_kv_swa": True})),
         (SOURCE, GATED, BRIDGED, UNIFIED, UNIFIED),
     ],
     "complex_attention": [

@@ -66,6 +66,9 @@ def by_definition(oracle, sparse, x_oracle, x):
     q_oracle = rotated(heads(oracle, "q_proj", x_oracle, H), *turn)
     k = rotated(heads(oracle, "k_proj", x_oracle, H), *turn)
     v = heads(oracle, "v_proj", x_oracle, spec.v_head_dim)
+    k_oracle = k
+    if not options.get("share_kv_sa", True):
+        k, v = rotated(heads(sparse, "k_proj", x, H), *turn), heads(sparse, "v_proj", x, spec.v_head_dim)
     q = heads(sparse, "q_proj", x, H)
     gates = (x @ sparse.gate_proj.weight.detach().double().T).sigmoid()
     gates = gates.view(T, 1 if spec.window is None else 2, N, -1)
@@ -75,7 +78,7 @@ def by_definition(oracle, sparse, x_oracle, x):
         for n in range(N):
             scores = {}
             for h in range(n // group * group, (n // group + 1) * group):
-                probs = (k[: t + 1, n // group] @ q_oracle[t, h] / math.sqrt(H)).softmax(0)
+                probs = (k_oracle[: t + 1, n // group] @ q_oracle[t, h] / math.sqrt(H)).softmax(0)
                 for j, prob in enumerate(probs.tolist()):
                     block = j // block_size
                     scores[block] = max(scores.get(block, 0.0), prob)
@@ -92,8 +95,11 @@ def by_definition(oracle, sparse, x_oracle, x):
             probs = torch.cat([logits, sink]).softmax(0)[:-1]
             out[t, n] = gates[t, 0, n] * (probs @ v[rows, n // group])
             if spec.window is not None:
-                k_own = rotated(heads(sparse, "swa_k_proj", x, H), *own)
-                v_own = heads(sparse, "swa_v_proj", x, spec.v_head_dim)
+                if sparse.swa_k_proj is None:
+                    k_own, v_own = k, v
+                else:
+                    k_own = rotated(heads(sparse, "swa_k_proj", x, H), *own)
+                    v_own = heads(sparse, "swa_v_proj", x, spec.v_head_dim)
                 rows = list(range(max(0, t - spec.window + 1), t + 1))
                 logits = k_own[rows, n // group] @ rotated(q, *own)[t, n] / math.sqrt(H)
                 probs = torch.cat([logits, sparse.sink_swa.detach().double()[n : n + 1]]).softmax(0)[:-1]
@@ -109,6 +115,9 @@ def by_definition(oracle, sparse, x_oracle, x):
         {"num_blocks": 2, "block_size": 3, "swa_rope_theta": 7.0, "swa_rotary_dim": 6},
         {"num_blocks": 3, "block_size": 1, "window": None, "forced": 4},
         {"num_blocks": 1, "block_size": 3, "window": None, "forced": 4},
+        {"num_blocks": 2, "block_size": 4, "share_kv_sa": False},
+        {"num_blocks": 2, "block_size": 4, "share_kv_sa": False, "window": None},
+        {"num_blocks": 2, "block_size": 4, "share_kv_swa": True},
     ],
     ids=[
         "gated",
@@ -116,6 +125,9 @@ def by_definition(oracle, sparse, x_oracle, x):
         "own rotation",
         "tokens and a forced window",
         "blocks and a forced window",
+        "no sharing",
+        "no sharing and no window",
+        "sharing in both branches",
     ],
 )
 def test_outputs_and_lists_are_those_of_the_definition(settings):

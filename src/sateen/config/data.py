@@ -102,12 +102,14 @@ class TaskSource(Source):
         task: name of the task.
         parameters: what that task's generator accepts.
         num_examples: examples to generate.
+        loss: on every token, or on those that answer; a `chat_task` always trains the assistant's.
     """
 
     kind: Literal["task"] = "task"
     task: str
     parameters: dict[str, Any] = Field(default_factory=dict)
     num_examples: Positive = 10_000
+    loss: Literal["all", "answers"] = "all"
 
 
 class ChatTaskSource(TaskSource):

@@ -37,10 +37,14 @@ class Task:
 
     Attributes:
         chance: accuracy of answering at random.
+        is_chat: asked as a user's turn; otherwise as bare text.
+        max_tokens: longest answer that is read.
     """
 
     registry: ClassVar[dict[str, type[Task]]] = {}
     name: ClassVar[str]
+    is_chat: ClassVar[bool] = True
+    max_tokens: ClassVar[int] = 48
     chance: float
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: object) -> None:

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from sateen.data.long_context import LongTask, long_task
 from sateen.data.tasks import Task, task_class
-from sateen.data.text import python_docs, split_heldout, text_dir
+from sateen.data.text import Document, python_docs, split_heldout, text_dir
 from sateen.data.tokenizer import Tokenizer
 from sateen.engine.engine import LLM
 from sateen.errors import ConfigError
@@ -27,6 +28,7 @@ def main(
     text: str | None = None,
     num_examples: int = 200,
     seed: int = 0,
+    length: Sequence[int] = (),
     lm_eval: Sequence[str] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -42,6 +44,8 @@ def main(
             out when None.
         num_examples: questions per task.
         seed: of the questions.
+        length: tokens of the questions of `needle`, `multikey`, `vt` and `cwe`; several make rows such as
+            `needle@1024`. 1024 where the model reads as many.
         lm_eval: tasks of lm-evaluation-harness, instead of ours.
         limit, num_fewshot, include_path: see `sateen.eval.lm_eval.evaluate`.
         json: print JSON with the keys of a receipt's `quality`, or the harness's results.
@@ -68,17 +72,20 @@ def main(
         )
     quality: dict[str, Any] = {}
     if PERPLEXITY in tasks:
-        documents = list(text_dir(text)) if text else split_heldout(python_docs())[1]
+        documents = _documents(text)
         if not any(document.text for document in documents):
             raise ConfigError(f"{text or 'the Python documentation'} has no text to measure perplexity on")
         _talk(f"perplexity on {text or 'held-out Python documentation'}: {len(documents)} documents")
         context = llm.model.config.max_position_embeddings
         found = perplexity(llm.model, llm.tokenizer, documents, context=context)
         quality |= {"bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
+    haystack = _haystack(text) if any(issubclass(cls, LongTask) for cls in classes.values()) else []
     for name, cls in classes.items():
-        _talk(f"{name}: {num_examples} examples, greedy")
-        result = evaluate_task(llm, make_task(cls, llm.tokenizer, _distance(llm)), n=num_examples, seed=seed)
-        quality.setdefault("tasks", {})[name] = result.as_receipt()
+        for label, size in _lengths(name, cls, length, llm):
+            _talk(f"{label}: {num_examples} examples, greedy")
+            task = make_task(cls, llm.tokenizer, _distance(llm), haystack, size)
+            result = evaluate_task(llm, task, n=num_examples, seed=seed)
+            quality.setdefault("tasks", {})[label] = result.as_receipt()
     print(codec.dumps(quality, indent=2) if json else "\n".join(lines(quality)))
     return 0
 
@@ -96,14 +103,20 @@ def _harness(model: str, tasks: Sequence[str], *, json: bool, **settings: Any) -
     return 0
 
 
-def make_task(cls: type[Task], tokenizer: Tokenizer, distance: int) -> Task:
+def make_task(
+    cls: type[Task], tokenizer: Tokenizer, distance: int, haystack: Sequence[str] = (), length: int = 1024
+) -> Task:
     """A task on held-out examples, with the arguments that its class takes.
 
     Args:
         cls: the task's class.
         tokenizer: measures lengths.
         distance: tokens that a recall task puts between a fact and its question.
+        haystack: documents around the questions of a task over long contexts.
+        length: tokens of those questions and their answers.
     """
+    if issubclass(cls, LongTask):
+        return long_task(cls, tokenizer, haystack, is_heldout=True, length=length)
     offered = {
         "is_heldout": True,
         "count_tokens": lambda text: len(tokenizer.encode(text)),
@@ -111,6 +124,29 @@ def make_task(cls: type[Task], tokenizer: Tokenizer, distance: int) -> Task:
     }
     accepted = inspect.signature(cls).parameters
     return cls(**{name: value for name, value in offered.items() if name in accepted})
+
+
+def _documents(text: str | None) -> list[Document]:
+    return list(text_dir(text)) if text else split_heldout(python_docs())[1]
+
+
+def _haystack(text: str | None) -> list[str]:
+    return [document.text for document in _documents(text)]
+
+
+def _lengths(name: str, cls: type[Task], asked: Sequence[int], llm: LLM) -> list[tuple[str, int]]:
+    """`(label, tokens)` of every row of a task.
+
+    Raises:
+        ConfigError: the model reads no text that long.
+    """
+    if not issubclass(cls, LongTask):
+        return [(name, 0)]
+    longest = llm.model.config.max_position_embeddings - cls.max_tokens
+    if asked and max(asked) > longest:
+        raise ConfigError(f"--length {max(asked)}: {name} fits at most {longest} tokens into this model")
+    sizes = list(asked) or [min(1024, longest)]
+    return [(name if len(sizes) == 1 else f"{name}@{size}", size) for size in sizes]
 
 
 def lines(quality: dict[str, Any]) -> list[str]:

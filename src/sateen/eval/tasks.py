@@ -33,12 +33,14 @@ class TaskResult:
 
 
 def evaluate_task(
-    llm: LLM, task: Task, *, n: int, seed: int, max_tokens: int = 48, is_chat: bool = True
+    llm: LLM, task: Task, *, n: int, seed: int, max_tokens: int | None = None, is_chat: bool | None = None
 ) -> TaskResult:
     """The greedy accuracy on `n` examples drawn with `seed`.
 
     Args:
-        is_chat: ask as a user turn in the tokenizer's template; otherwise the prompt is the bare text.
+        max_tokens: of an answer; the task's own when None.
+        is_chat: ask as a user turn in the tokenizer's template; otherwise the prompt is the bare text behind
+            the end-of-text token. The task's own way when None.
 
     Raises:
         ConfigError: the model has no tokenizer.
@@ -46,15 +48,16 @@ def evaluate_task(
     tokenizer = llm.tokenizer
     if tokenizer is None:
         raise ConfigError("tasks are asked in text, and this model has no tokenizer; save one beside it")
+    is_chat = task.is_chat if is_chat is None else is_chat
     rng = random.Random(seed)
     examples = [task.sample(rng) for _ in range(n)]
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": e.prompt}], add_generation_prompt=True)
         if is_chat
-        else tokenizer.encode(e.prompt)
+        else [tokenizer.eos_id, *tokenizer.encode(e.prompt)]
         for e in examples
     ]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens or task.max_tokens))
     texts = [output.outputs[0].text for output in outputs]
     verdicts = [task.check(text, example) for text, example in zip(texts, examples, strict=True)]
     return TaskResult(sum(verdicts) / n, n, task.chance, _wrong(examples, texts, verdicts))

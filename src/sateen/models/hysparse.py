@@ -4,6 +4,7 @@ Source: arXiv 2602.03560 §3 and Table 1; HySparse2, arXiv 2609.26368. No checkp
 config words and tensor names are ours, in Hugging Face's manner. Ours as well, because the papers leave them
 open: `gate_granularity`, `sink_sa` and `sink_swa` apart, `swa_num_key_value_heads`, `swa_rope_theta` and the
 partial rotary factors of HySparse, everything of the MLPs but the number of experts, `sparse_bridge_source`.
+`share_kv_sa` and `share_kv_swa` select the rows of Table 4.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ WORDS = {
     "scoring_func": ("sigmoid",),
     "sparse_score": ("max",),
     "gqa_score_reduce": ("max",),
-    "share_kv_sa": (True,),
-    "share_kv_swa": (False,),
+    "share_kv_sa": (True, False),
+    "share_kv_swa": (False, True),
     "sparse_select": ("block", "token"),
     "sparse_local": ("gated", "forced", "none"),
     "gate_granularity": ("head", "element"),
@@ -89,13 +90,37 @@ def _bridge(raw: Mapping[str, Any], kinds: list[str]) -> int | None:
     return int(source)
 
 
+def _sharing(raw: Mapping[str, Any]) -> dict[str, bool]:
+    """Options of a sparse layer whose branches read other rows than HySparse's do: the paper's Table 4."""
+    sharing = {key: bool(_word(raw, key)) for key in ("share_kv_sa", "share_kv_swa")}
+    if sharing == {"share_kv_sa": True, "share_kv_swa": False}:
+        return {}
+    if sharing == {"share_kv_sa": False, "share_kv_swa": True}:
+        raise ConfigError(
+            "config.json: share_kv_swa true with share_kv_sa false would share in one branch what the other "
+            "has of its own; accepted: HySparse's true and false, both true, both false"
+        )
+    own = {
+        "swa_num_key_value_heads": raw["num_key_value_heads"],
+        "swa_rope_theta": rope_theta(raw, 10000.0),
+        "swa_partial_rotary_factor": raw.get("partial_rotary_factor", 1.0),
+    }
+    for key, value in own.items():
+        if raw.get(key, value) != value and "sliding_attention" not in raw["layer_types"]:
+            raise ConfigError(
+                f"config.json: {key} {raw[key]!r} has no meaning where both branches read the same rows; "
+                f"leave it out or give {value!r}"
+            )
+    return sharing
+
+
 def layers(raw: Mapping[str, Any], moe: list[MoESpec | None]) -> tuple[LayerSpec, ...]:
     """The trunk; which full layers become oracles follows from what comes after them."""
     kinds = layer_types(raw, len(moe), accepted=KINDS)
     if kinds is None:
         raise ConfigError("config.json: layer_types is missing for 'hysparse'; name the kind of every layer")
     sources, bridge, (block_size, num_blocks) = _sources(kinds), _bridge(raw, kinds), _budget(raw)
-    local, granularity = _word(raw, "sparse_local"), _word(raw, "gate_granularity")
+    local, granularity, sharing = _word(raw, "sparse_local"), _word(raw, "gate_granularity"), _sharing(raw)
     window = int(raw.get("sliding_window", 128))
     head_dim = int(raw["head_dim"])
     theta = rope_theta(raw, 10000.0)
@@ -118,7 +143,7 @@ def layers(raw: Mapping[str, Any], moe: list[MoESpec | None]) -> tuple[LayerSpec
                 options["input_from"] = bridge
             kind = "oracle_attention" if options else kind
         elif kind == "sparse_attention":
-            options = {"block_size": block_size, "gate_granularity": granularity}
+            options = {"block_size": block_size, "gate_granularity": granularity} | sharing
             options |= {
                 "swa_rope_theta": own_theta,
                 "swa_rotary_dim": own_rotary,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sateen.config import (
     ChatTaskSource,
     PythonDocsSource,
+    RunConfig,
     SpeechSource,
     StageContext,
     TaskSource,
@@ -24,6 +25,7 @@ from sateen.config import (
 from sateen.config import Source as SourceConfig
 from sateen.data.chat import encode_chat
 from sateen.data.loader import Source
+from sateen.data.long_context import LongExample, LongTask, long_task
 from sateen.data.tasks import Example, Task, task_class
 from sateen.data.text import Document, python_docs, split_heldout, text_dir
 from sateen.data.token_file import TokenDocument, TokenFile, write_texts, write_tokens
@@ -67,12 +69,12 @@ def prepare(context: StageContext) -> RunData:
             continue
         source = config.data[name]
         train, kept_back = folder / "data" / name, folder / "data" / f"{name}-heldout"
-        is_task = isinstance(source, TaskSource)
         if not _is_ready(train, tokenizer):
             context.progress.note(f"preparing data source {name}")
-            if is_task:
-                encode = _as_chat if isinstance(source, ChatTaskSource) else _as_text
-                documents = (encode(tokenizer, e) for e in _examples(source, tokenizer, config.seed))
+            if isinstance(source, TaskSource):
+                encode = _encoder(source)
+                texts = run_texts(config) if wants_haystack(source) else []
+                documents = (encode(tokenizer, e) for e in _examples(source, tokenizer, config.seed, texts))
                 write_tokens(
                     train, documents, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.fingerprint
                 )
@@ -82,7 +84,7 @@ def prepare(context: StageContext) -> RunData:
                     write_texts(kept_back, held, tokenizer)
                 # Last, because its presence says that the source is ready.
                 write_texts(train, training, tokenizer)
-        sources.append(Source(TokenFile(train), weight, is_whole=is_task))
+        sources.append(Source(TokenFile(train), weight, is_whole=isinstance(source, TaskSource)))
         if kept_back.is_dir():
             heldout.append(TokenFile(kept_back))
     return RunData(tokenizer, folder / "tokenizer", tuple(sources), tuple(heldout))
@@ -148,8 +150,24 @@ def _split(source: SourceConfig) -> tuple[list[Document], list[Document]]:
     return split_heldout(documents, source.heldout_share)
 
 
-def build_task(source: TaskSource, tokenizer: Tokenizer) -> Task:
+def run_texts(config: RunConfig) -> list[str]:
+    """The training documents of the run's text sources: the other text of tasks over long contexts."""
+    sources = [s for s in config.data.values() if not isinstance(s, TaskSource)]
+    return [document.text for source in sources for document in _split(source)[0]]
+
+
+def wants_haystack(source: TaskSource) -> bool:
+    """Whether the task's questions stand in other text."""
+    return issubclass(task_class(source.task), LongTask)
+
+
+def build_task(source: TaskSource, tokenizer: Tokenizer, haystack: Sequence[str] = ()) -> Task:
     """The task of a source; one that measures lengths gets this tokenizer.
+
+    Args:
+        source: which task, with its parameters.
+        tokenizer: of the run.
+        haystack: documents around the questions of a task over long contexts.
 
     Raises:
         ConfigError: the task is unknown or does not take the source's parameters.
@@ -159,6 +177,8 @@ def build_task(source: TaskSource, tokenizer: Tokenizer) -> Task:
     if "count_tokens" in inspect.signature(cls).parameters:
         parameters["count_tokens"] = lambda text: len(tokenizer.encode(text))
     try:
+        if issubclass(cls, LongTask):
+            return long_task(cls, tokenizer, haystack, **parameters)
         return cls(**parameters)
     except TypeError as error:
         raise ConfigError(
@@ -166,10 +186,11 @@ def build_task(source: TaskSource, tokenizer: Tokenizer) -> Task:
         ) from None
 
 
-def _examples(source: SourceConfig, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
+def _examples(
+    source: TaskSource, tokenizer: Tokenizer, seed: int, haystack: Sequence[str]
+) -> Iterator[Example]:
     """The examples a task source trains on."""
-    assert isinstance(source, TaskSource)
-    task = build_task(source, tokenizer)
+    task = build_task(source, tokenizer, haystack)
     rng = random.Random(f"{seed}/{source.task}/{source.kind}/{sorted(source.parameters.items())}")
     return (task.sample(rng) for _ in range(source.num_examples))
 
@@ -180,6 +201,23 @@ def _as_chat(tokenizer: Tokenizer, example: Example) -> TokenDocument:
         {"role": "assistant", "content": example.completion},
     )
     return encode_chat(tokenizer, [user, assistant])
+
+
+def _encoder(source: TaskSource) -> Callable[[Tokenizer, Example], TokenDocument]:
+    if isinstance(source, ChatTaskSource):
+        return _as_chat
+    return _as_text if source.loss == "all" else _as_answers
+
+
+def _as_answers(tokenizer: Tokenizer, example: Example) -> TokenDocument:
+    """The same text, of which the answers alone are trained: the completion where nothing marks them."""
+    pieces = ((example.prompt, False), (example.completion, True))
+    ids, is_target = [tokenizer.eos_id], [False]
+    for text, is_answer in example.pieces if isinstance(example, LongExample) else pieces:
+        tokens = tokenizer.encode(text)
+        ids += tokens
+        is_target += [is_answer] * len(tokens)
+    return TokenDocument([*ids, tokenizer.eos_id], [*is_target, False])
 
 
 def _as_text(tokenizer: Tokenizer, example: Example) -> TokenDocument:

@@ -23,7 +23,6 @@ from sateen.nn.spec import KVLayout
 
 PAGE = 64  # tokens per page
 CACHE_LINE = 64  # bytes
-CHUNK = 64 * 2**20  # bytes of zeros asked for at once
 MEAN_ROWS = 256  # most rows that the mean of int8 keys is taken over
 
 
@@ -122,14 +121,13 @@ class KVCache:
         self.attention = attention
         self.pools: dict[tuple[int, str], Pool] = {}
         self.sources: dict[tuple[int, str], int] = {}
-        zeros = _Zeros(self.device)
         for index, group in enumerate(self.layouts):
             for layout in group:
                 if layout.kind == "shared":
                     assert layout.source is not None
                     self.sources[index, layout.name] = layout.source
                 else:
-                    self.pools[index, layout.name] = self._pool(index, layout, zeros)
+                    self.pools[index, layout.name] = self._pool(index, layout)
         self.has_pages = any(pool.ring_rows == 0 for pool in self.pools.values())
         self.has_rings = any(pool.ring_rows > 0 for pool in self.pools.values())
         self.pages = Pages(num_pages)
@@ -141,12 +139,12 @@ class KVCache:
         draft = self.num_draft * (2 if index >= self.num_trunk_layers else 1)
         return layout.rows(self.max_model_len, draft)
 
-    def _pool(self, index: int, layout: KVLayout, zeros: _Zeros) -> Pool:
+    def _pool(self, index: int, layout: KVLayout) -> Pool:
         ring = self._ring_rows(index, layout) if layout.kind == "ring" else 0
         rows = self.num_slots * ring if ring else self.num_pages * PAGE
         shape = rows, layout.num_kv_heads
-        k = zeros.take((*shape, layout.head_dim), self.dtype)
-        v = zeros.take((*shape, layout.v_head_dim), self.dtype)
+        k = _zeros((*shape, layout.head_dim), self.dtype, self.device)
+        v = _zeros((*shape, layout.v_head_dim), self.dtype, self.device)
         if not self.is_scaled:
             return Pool(layout, k, v, ring)
         k_scale, v_scale = (torch.zeros(*shape, device=self.device) for _ in range(2))
@@ -301,27 +299,16 @@ class KVCache:
         return total
 
 
-class _Zeros:
-    """Zeros whose memory a CPU hands out where they are first written, so that an idle cache takes little.
-
-    numpy asks the system for zeroed pages, torch would write them, and for huge pages where much is wanted at
-    once, which are read faster. So tensors lie end to end, many to a chunk.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self._chunk, self._used = device, np.zeros(0, dtype=np.uint8), 0
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-        size = math.prod(shape) * dtype.itemsize
-        if self._used + size > len(self._chunk):
-            # Rows begin at cache lines, as torch's.
-            raw = np.zeros(max(size, CHUNK) + CACHE_LINE, dtype=np.uint8)
-            self._chunk, self._used = raw[-raw.ctypes.data % CACHE_LINE :], 0
-        taken = self._chunk[self._used : self._used + size]
-        self._used += -(-size // CACHE_LINE) * CACHE_LINE
-        return torch.from_numpy(taken).view(dtype).view(shape)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory a CPU hands out where they are first written, so that an idle cache takes none."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    # numpy asks the system for zeroed pages, huge ones where there is much to store; torch would write them.
+    # Rows begin at cache lines, as torch's.
+    raw = np.zeros(size + CACHE_LINE, dtype=np.uint8)
+    start = -raw.ctypes.data % CACHE_LINE
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
 
 
 def page_bytes(layouts: Sequence[tuple[KVLayout, ...]], dtype: torch.dtype) -> int:

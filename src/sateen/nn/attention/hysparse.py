@@ -63,6 +63,10 @@ class SparseAttention(Attention, kind="sparse_attention"):
     `window` the second branch exists; its options are `swa_rope_theta`, `swa_rotary_dim` and
     `swa_num_kv_heads`, the first branch's settings where absent. Other options: `block_size`, `sink_sa`,
     `sink_swa`, `gate_granularity` (`head`: a gate per head and branch, `element`: one per channel).
+
+    Two options are for the ablation of HySparse (arXiv 2602.03560 Table 4). `share_kv_sa` False: the layer
+    takes the oracle's choice of blocks but reads its own keys and values, of the whole context and the same
+    in both branches. `share_kv_swa` True: the window too reads the oracle's rows, and the layer has none.
     """
 
     def __init__(self, hidden_size: int, spec: LayerSpec, eps: float):
@@ -71,8 +75,12 @@ class SparseAttention(Attention, kind="sparse_attention"):
         swa_heads = _swa_kv_heads(spec)
         self.q_proj = nn.Linear(hidden_size, N * spec.head_dim, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(N * spec.v_head_dim, hidden_size, bias=spec.o_bias)
-        self.swa_k_proj = self.swa_v_proj = None
-        if spec.window is not None:
+        self.swa_k_proj = self.swa_v_proj = self.k_proj = self.v_proj = None
+        if not options.get("share_kv_sa", True):
+            K = spec.num_key_value_heads
+            self.k_proj = nn.Linear(hidden_size, K * spec.head_dim, bias=spec.qkv_bias)
+            self.v_proj = nn.Linear(hidden_size, K * spec.v_head_dim, bias=spec.qkv_bias)
+        elif spec.window is not None and not options.get("share_kv_swa", False):
             self.swa_k_proj = nn.Linear(hidden_size, swa_heads * spec.head_dim, bias=spec.qkv_bias)
             self.swa_v_proj = nn.Linear(hidden_size, swa_heads * spec.v_head_dim, bias=spec.qkv_bias)
         self.gate_proj = _gate_projection(hidden_size, spec, 1 if spec.window is None else 2)
@@ -83,8 +91,10 @@ class SparseAttention(Attention, kind="sparse_attention"):
     @staticmethod
     def kv_layouts(spec: LayerSpec) -> tuple[KVLayout, ...]:
         H, V = spec.head_dim, spec.v_head_dim
+        if not spec.options.get("share_kv_sa", True):
+            return (KVLayout("paged", spec.num_key_value_heads, H, V),)
         shared = KVLayout("shared", spec.num_key_value_heads, H, V, source=spec.kv_source)
-        if spec.window is None:
+        if spec.window is None or spec.options.get("share_kv_swa", False):
             return (shared,)
         return shared, KVLayout("ring", _swa_kv_heads(spec), H, V, window=spec.window, name="swa")
 
@@ -92,10 +102,11 @@ class SparseAttention(Attention, kind="sparse_attention"):
         spec, options = self.spec, self.spec.options
         assert spec.kv_source is not None
         q_TNH = self.q_proj(x_TD).view(x_TD.shape[0], spec.num_attention_heads, spec.head_dim)
-        k, v, cu_seqlens_k = links.kv[spec.kv_source] if cache is None else cache.read()
+        k, v, cu_seqlens_k = rows = self._rows(x_TD, seq, cache, links)
+        rotated_TNH = apply_rotary(q_TNH, seq.rotary(spec.rope_theta, spec.rotary_dim))
         branches: list[Tensor] = [
             ops.block_sparse_attention(  # type: ignore[list-item]
-                apply_rotary(q_TNH, seq.rotary(spec.rope_theta, spec.rotary_dim)),
+                rotated_TNH,
                 k,
                 v,
                 links.selections[spec.kv_source],
@@ -106,10 +117,26 @@ class SparseAttention(Attention, kind="sparse_attention"):
             )
         ]
         if spec.window is not None:
-            branches.append(self._window_branch(x_TD, q_TNH, seq, cache))
+            if self.swa_k_proj is None:
+                branches.append(self._window(rotated_TNH, rows, seq))
+            else:
+                branches.append(self._window_branch(x_TD, q_TNH, seq, cache))
         out = _gated(self.gate_proj, x_TD, branches)
         result: Tensor = self.o_proj(out.flatten(1))
         return result
+
+    def _rows(
+        self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and their offsets for the first branch: the oracle's, or this layer's own."""
+        spec, T = self.spec, x_TD.shape[0]
+        assert spec.kv_source is not None
+        if self.k_proj is None or self.v_proj is None:
+            return links.kv[spec.kv_source] if cache is None else cache.read()
+        k = self.k_proj(x_TD).view(T, spec.num_key_value_heads, spec.head_dim)
+        k = apply_rotary(k, seq.rotary(spec.rope_theta, spec.rotary_dim))
+        v = self.v_proj(x_TD).view(T, spec.num_key_value_heads, spec.v_head_dim)
+        return (k, v, seq.cu_seqlens) if cache is None else cache.extend(k, v)
 
     def _window_branch(self, x_TD: Tensor, q_TNH: Tensor, seq: Sequences, cache: LayerCache | None) -> Tensor:
         spec, options, T = self.spec, self.spec.options, x_TD.shape[0]
@@ -123,8 +150,14 @@ class SparseAttention(Attention, kind="sparse_attention"):
         cu_seqlens_k = seq.cu_seqlens
         if cache is not None:
             k, v, cu_seqlens_k = cache.extend(k, v, "swa")
+        return self._window(apply_rotary(q_TNH, tables), (k, v, cu_seqlens_k), seq)
+
+    def _window(self, q_TNH: Tensor, rows: tuple[Tensor, Tensor, Tensor], seq: Sequences) -> Tensor:
+        """Attention over the newest of these rows."""
+        spec = self.spec
+        k, v, cu_seqlens_k = rows
         out: Tensor = ops.attention(  # type: ignore[assignment]
-            apply_rotary(q_TNH, tables),
+            q_TNH,
             k,
             v,
             cu_seqlens_q=seq.cu_seqlens,
