@@ -66,6 +66,7 @@ class LLM:
         record_routing: bool = False,
         prefix_cache: bool = True,
         anchor_memory_bytes: int | None = None,
+        prefill_exit: bool = True,
         max_waiting: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -103,6 +104,9 @@ class LLM:
             anchor_memory_bytes: bound of the copies of sliding windows that `prefix_cache` keeps, which come
                 on top of the caches; when None two per sequence or an eighth of the paged caches, whichever
                 is more (source: ours).
+            prefill_exit: models with HySparse2's bridge compute only those rows of a prompt in their second
+                half that somebody reads; the tokens are the same. Without effect for other models, INT8
+                caches and recorded choices.
             max_waiting: requests that `add` lets wait beside those in work; None for any number.
             clock: seconds that `deadline_s` is measured in.
 
@@ -146,7 +150,7 @@ class LLM:
         num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
         self.runner = Runner(
             model, self.cache, num_tokens=num_tokens, drafts=self.num_draft > 0,
-            records_routing=record_routing, step=step,
+            records_routing=record_routing, step=step, prefill_exit=prefill_exit,
         )  # fmt: skip
         self.prefix = prefix_cache_for(
             self.cache, wanted=prefix_cache, records_routing=bool(self.runner.routed_layers),

@@ -18,6 +18,7 @@ from sateen.engine.sampling.verification import verify
 from sateen.engine.scheduler import Chunk
 from sateen.engine.state import Request
 from sateen.models.decoder import Decoder
+from sateen.models.early_exit import EarlyExit
 from sateen.nn.attention import LayerLinks, Sequences
 
 
@@ -29,6 +30,7 @@ class Runner:
         drafter: the MTP heads at work, or None.
         routed_layers: mixtures of experts of the trunk whose choices requests keep; empty for none.
         native: runs small steps in one native call; None where every step runs in torch.
+        early_exit: leaves out rows of prompts that nobody reads; None where that would change something.
         seconds: of the last step, in the trunk with the choice of tokens and in the MTP heads.
     """
 
@@ -41,13 +43,38 @@ class Runner:
         drafts: bool,
         records_routing: bool = False,
         step: str = "auto",
+        prefill_exit: bool = True,
     ):
         self.model, self.cache, self.num_tokens = model, cache, num_tokens
         trunk = range(model.config.num_hidden_layers)
         self.routed_layers = tuple(sorted(set(model.moe_layers()) & set(trunk))) if records_routing else ()
         self.native = native_step(step, model, cache)
         self.drafter = Drafter(model, cache, num_tokens, self.native) if drafts else None
+        self.early_exit = self._early_exit() if prefill_exit else None
         self.seconds = 0.0, 0.0
+
+    def _early_exit(self) -> EarlyExit | None:
+        """The model's, where every choice that is recorded and every later row stays what it was."""
+        if self.routed_layers or self.cache.is_scaled:  # means of int8 keys are taken over the first rows
+            return None
+        found = EarlyExit.of(self.model.config)
+        if found is None or self.drafter is None:
+            return found
+        mtp = self.model.config.mtp
+        assert mtp is not None
+        return None if mtp.is_chained or mtp.layer.window is None else found
+
+    def _wanted(self, chunk: Chunk) -> int:
+        """Newest rows of a chunk whose hidden states are read: by sampling, for the prompt, by MTP heads."""
+        if chunk.request.needs_prompt_rows:
+            return chunk.count
+        wanted = 1 + len(chunk.drafts)
+        mtp = self.model.config.mtp
+        if self.drafter is not None and mtp is not None and mtp.layer.window is not None:
+            # The window of the heads' next query, as many rows as they lag behind, and as many for an anchor
+            # at a page border that the last drafts reach over.
+            wanted += mtp.layer.window - 1 + 2 * self.drafter.num_heads
+        return min(wanted, chunk.count)
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk]) -> list[tuple[Request, int]]:
@@ -73,7 +100,14 @@ class Runner:
                 torch.tensor(offsets, dtype=torch.int32, device=device),
                 torch.tensor(positions, dtype=torch.int64, device=device),
             )
-            hidden = self.model.trunk(torch.tensor(ids, device=device), seq, view, links)
+            wanted = [self._wanted(chunk) for chunk in chunks] if self.early_exit is not None else counts
+            hidden = self.model.trunk(
+                torch.tensor(ids, device=device),
+                seq,
+                view,
+                links,
+                wanted=wanted if wanted != counts else None,
+            )
         emitted = self._emit(chunks, offsets, hidden)
         if self.routed_layers:
             self._record_routes(chunks, offsets, links)

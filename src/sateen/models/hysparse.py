@@ -22,11 +22,11 @@ from sateen.nn.spec import LayerSpec, MoESpec, MTPSpec
 KEYS = frozenset(
     "attention_bias gate_granularity gqa_score_reduce head_dim hidden_act intermediate_size layer_types "
     "moe_intermediate_size moe_layer_freq mtp_intermediate_size n_routed_experts norm_topk_prob "
-    "num_attention_heads num_experts_per_tok num_key_value_heads num_nextn_predict_layers partial_rotary_factor rms_norm_eps rope_parameters rope_scaling "
-    "rope_theta routed_scaling_factor scoring_func share_kv_sa share_kv_swa sink_sa sink_swa sliding_window "
-    "sparse_block_size sparse_bridge sparse_bridge_source sparse_local sparse_score sparse_select "
-    "sparse_topk_tokens swa_num_key_value_heads swa_output_gate swa_partial_rotary_factor swa_rope_theta "
-    "v_head_dim".split()
+    "num_attention_heads num_experts_per_tok num_key_value_heads num_nextn_predict_layers "
+    "partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta routed_scaling_factor "
+    "scoring_func share_kv_sa share_kv_swa sink_sa sink_swa sliding_window sparse_block_size sparse_bridge "
+    "sparse_bridge_source sparse_local sparse_score sparse_select sparse_topk_tokens swa_num_key_value_heads "
+    "swa_output_gate swa_partial_rotary_factor swa_rope_theta v_head_dim".split()
 )
 KINDS = ("full_attention", "sliding_attention", "sparse_attention")
 # Key -> accepted values, the first when absent.

@@ -63,12 +63,24 @@ class ForwardCache:
     def __init__(self, cache: KVCache, entries: Sequence[CacheEntry], starts: list[int], counts: list[int]):
         self.cache = cache
         self.entries, self.starts, self.counts = entries, starts, counts
+        self._gaps = [False] * len(counts)
         self._index: dict[tuple[int, int], RowIndex] = {}
         self._published: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
         self._wanted = set(cache.sources.values())
 
     def layer(self, index: int) -> LayerView:
         return LayerView(self, index)
+
+    def newest(self, counts: Sequence[int]) -> ForwardCache:
+        """The same forward for ring layers that compute the last `counts[i]` rows of each sequence alone.
+
+        Where rows are left out, the ones before them count as absent: their keys are not there.
+        """
+        spans = list(zip(self.starts, self.counts, counts, strict=True))
+        view = ForwardCache(self.cache, self.entries, [s + n - c for s, n, c in spans], list(counts))
+        view._gaps = [c < n for _, n, c in spans]
+        view._published = self._published
+        return view
 
     def extend(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.cache.attention != "auto":
@@ -160,7 +172,7 @@ class ForwardCache:
     def _ring_index(self, window: int, ring: int) -> RowIndex:
         starts, counts = np.asarray(self.starts), np.asarray(self.counts)
         bases = np.asarray([entry.slot * ring for entry in self.entries])
-        olds = np.minimum(starts, window - 1)
+        olds = np.where(self._gaps, 0, np.minimum(starts, window - 1))
         offsets = self._offsets((olds + counts).tolist())
         if counts.max() <= ring - window + 1:
             write = ring_rows(bases, starts, counts, ring)

@@ -30,11 +30,13 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
 
     def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         spec, options = self.spec, self.spec.options
-        if options.get("publishes_input"):
-            links.hidden[spec.index] = x_TD
         source = options.get("input_from")
-        q, k, v = self.project(x_TD, seq, None if source is None else links.hidden[source])
-        cu_seqlens_k = seq.cu_seqlens
+        if options.get("publishes_input"):  # a trunk that exits early has published all rows already
+            source = spec.index
+            links.hidden.setdefault(source, x_TD)
+        kv_seq = links.hidden_seq or seq
+        q, k, v = self.project(x_TD, seq, None if source is None else links.hidden[source], kv_seq)
+        cu_seqlens_k = kv_seq.cu_seqlens
         if cache is not None:
             k, v, cu_seqlens_k = cache.extend(k, v)
         if options.get("num_blocks"):
