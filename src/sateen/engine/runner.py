@@ -91,6 +91,7 @@ class Runner:
             offsets.append(offsets[-1] + count)
         view = self.cache.forward([chunk.entry for chunk in chunks], counts)
         links = LayerLinks()
+        wanted = [self._wanted(chunk) for chunk in chunks] if self.early_exit is not None else counts
         if self.native is not None and len(ids) <= MAX_TOKENS:
             hidden = self.native.trunk(ids, view, links)
         else:
@@ -100,7 +101,6 @@ class Runner:
                 torch.tensor(offsets, dtype=torch.int32, device=device),
                 torch.tensor(positions, dtype=torch.int64, device=device),
             )
-            wanted = [self._wanted(chunk) for chunk in chunks] if self.early_exit is not None else counts
             hidden = self.model.trunk(
                 torch.tensor(ids, device=device),
                 seq,
@@ -114,8 +114,10 @@ class Runner:
         drafting = time.perf_counter()
         if self.drafter is not None:
             jobs = [
-                DraftJob(chunk.request, chunk.entry, chunk.start, chunk.count, offset, chunk.samples)
-                for chunk, offset in zip(chunks, offsets, strict=False)
+                DraftJob(
+                    chunk.request, chunk.entry, chunk.start, chunk.count, offset, chunk.samples, computed
+                )
+                for chunk, offset, computed in zip(chunks, offsets, wanted, strict=False)
                 if chunk.request.wants_drafts
                 and chunk.request.finish_reason is None
                 and chunk.request.remaining > 1

@@ -60,10 +60,17 @@ class Owners(NamedTuple):
 class ForwardCache:
     """One forward's view of a `KVCache`; implements `models.decoder.Cache`."""
 
-    def __init__(self, cache: KVCache, entries: Sequence[CacheEntry], starts: list[int], counts: list[int]):
+    def __init__(
+        self,
+        cache: KVCache,
+        entries: Sequence[CacheEntry],
+        starts: list[int],
+        counts: list[int],
+        gaps: Sequence[bool] | None = None,
+    ):
         self.cache = cache
         self.entries, self.starts, self.counts = entries, starts, counts
-        self._gaps = [False] * len(counts)
+        self._gaps = [False] * len(counts) if gaps is None else list(gaps)
         self._index: dict[tuple[int, int], RowIndex] = {}
         self._published: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
         self._wanted = set(cache.sources.values())
@@ -77,8 +84,8 @@ class ForwardCache:
         Where rows are left out, the ones before them count as absent: their keys are not there.
         """
         spans = list(zip(self.starts, self.counts, counts, strict=True))
-        view = ForwardCache(self.cache, self.entries, [s + n - c for s, n, c in spans], list(counts))
-        view._gaps = [c < n for _, n, c in spans]
+        starts, gaps = [s + n - c for s, n, c in spans], [c < n for _, n, c in spans]
+        view = ForwardCache(self.cache, self.entries, starts, list(counts), gaps)
         view._published = self._published
         return view
 

@@ -222,11 +222,17 @@ class KVCache:
         entry.slot = -1
 
     def forward(
-        self, entries: Sequence[CacheEntry], counts: Sequence[int], *, heads: bool = False
+        self,
+        entries: Sequence[CacheEntry],
+        counts: Sequence[int],
+        *,
+        heads: bool = False,
+        gaps: Sequence[bool] | None = None,
     ) -> ForwardCache:
         """The view for one forward that appends `counts[i]` rows to sequence i, in the trunk or in the heads.
 
-        Lengths are advanced here; pages must have been reserved.
+        Lengths are advanced here; pages must have been reserved. `gaps` tells sequences whose rings miss the
+        rows before: `head_length` was moved on.
         """
         starts = [e.head_length if heads else e.length for e in entries]
         for entry, start, count in zip(entries, starts, counts, strict=True):
@@ -236,7 +242,7 @@ class KVCache:
                 entry.head_length = start + count
             else:
                 entry.length = start + count
-        return ForwardCache(self, entries, starts, list(counts))
+        return ForwardCache(self, entries, starts, list(counts), gaps)
 
     def bytes_in_use(self, *, at_peak: bool = False) -> dict[str, int]:
         """Bytes of the pages and rings that sequences hold now, or held at most, per kind of layout."""
