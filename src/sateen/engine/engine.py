@@ -64,6 +64,7 @@ class LLM:
         num_pages: int | None = None,
         seed: int = 0,
         record_routing: bool = False,
+        record_selections: bool = False,
         prefix_cache: bool = True,
         anchor_memory_bytes: int | None = None,
         prefill_exit: bool = True,
@@ -100,6 +101,8 @@ class LLM:
             num_pages: pages of 64 tokens, instead of `kv_memory_bytes`.
             seed: of requests without a seed.
             record_routing: outputs carry the experts that every token used, for models that have experts.
+            record_selections: outputs carry the key blocks that every token's queries chose, for models with
+                oracle layers.
             prefix_cache: a prompt that begins like an earlier one starts where its rows are still known.
             anchor_memory_bytes: bound of the copies of sliding windows that `prefix_cache` keeps, which come
                 on top of the caches; when None two per sequence or an eighth of the paged caches, whichever
@@ -150,10 +153,11 @@ class LLM:
         num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
         self.runner = Runner(
             model, self.cache, num_tokens=num_tokens, drafts=self.num_draft > 0,
-            records_routing=record_routing, step=step, prefill_exit=prefill_exit,
+            records_routing=record_routing, records_selections=record_selections, step=step,
+            prefill_exit=prefill_exit,
         )  # fmt: skip
         self.prefix = prefix_cache_for(
-            self.cache, wanted=prefix_cache, records_routing=bool(self.runner.routed_layers),
+            self.cache, wanted=prefix_cache, records_choices=self.runner.records,
             max_anchor_bytes=anchor_memory_bytes,
         )  # fmt: skip
         self.scheduler = Scheduler(

@@ -11,6 +11,7 @@ from torch import Tensor
 from sateen.engine.cache.kv_cache import KVCache
 from sateen.engine.drafts.drafter import Drafter, DraftJob
 from sateen.engine.native.step import MAX_TOKENS, native_step
+from sateen.engine.recording import Recording
 from sateen.engine.sampling.logprobs import completion_logprobs, score_prompt
 from sateen.engine.sampling.sampler import mask_padding
 from sateen.engine.sampling.shaping import shape
@@ -29,6 +30,7 @@ class Runner:
         num_tokens: vocabulary rows that are tokens; the padding rows behind them are never sampled.
         drafter: the MTP heads at work, or None.
         routed_layers: mixtures of experts of the trunk whose choices requests keep; empty for none.
+        selecting_layers: layers whose choices of key blocks requests keep; empty for none.
         native: runs small steps in one native call; None where every step runs in torch.
         early_exit: leaves out rows of prompts that nobody reads; None where that would change something.
         seconds: of the last step, in the trunk with the choice of tokens and in the MTP heads.
@@ -42,20 +44,28 @@ class Runner:
         num_tokens: int,
         drafts: bool,
         records_routing: bool = False,
+        records_selections: bool = False,
         step: str = "auto",
         prefill_exit: bool = True,
     ):
         self.model, self.cache, self.num_tokens = model, cache, num_tokens
         trunk = range(model.config.num_hidden_layers)
         self.routed_layers = tuple(sorted(set(model.moe_layers()) & set(trunk))) if records_routing else ()
+        oracles = (spec.index for spec in model.config.specs if spec.options.get("num_blocks"))
+        self.selecting_layers = tuple(oracles) if records_selections else ()
         self.native = native_step(step, model, cache)
         self.drafter = Drafter(model, cache, num_tokens, self.native) if drafts else None
         self.early_exit = self._early_exit() if prefill_exit else None
         self.seconds = 0.0, 0.0
 
+    @property
+    def records(self) -> bool:
+        """Requests keep choices of every token, so every token has to be computed in every layer."""
+        return bool(self.routed_layers or self.selecting_layers)
+
     def _early_exit(self) -> EarlyExit | None:
         """The model's, where every choice that is recorded and every later row stays what it was."""
-        if self.routed_layers or self.cache.is_scaled:  # means of int8 keys are taken over the first rows
+        if self.records or self.cache.is_scaled:  # means of int8 keys are taken over the first rows
             return None
         found = EarlyExit.of(self.model.config)
         if found is None or self.drafter is None:
@@ -109,8 +119,7 @@ class Runner:
                 wanted=wanted if wanted != counts else None,
             )
         emitted = self._emit(chunks, offsets, hidden)
-        if self.routed_layers:
-            self._record_routes(chunks, offsets, links)
+        self._record(chunks, offsets, links)
         drafting = time.perf_counter()
         if self.drafter is not None:
             jobs = [
@@ -127,12 +136,19 @@ class Runner:
         self.seconds = drafting - start, time.perf_counter() - drafting
         return emitted
 
-    def _record_routes(self, chunks: Sequence[Chunk], offsets: list[int], links: LayerLinks) -> None:
-        """Hands each request the routes of the rows that stay; rejected drafts are cut off already."""
-        routes_TLA = torch.stack([links.router_ids[layer] for layer in self.routed_layers], dim=1).int().cpu()
-        for chunk, offset in zip(chunks, offsets, strict=False):
-            chunk.request.routed_layers = self.routed_layers
-            chunk.request.record_routes(routes_TLA[offset:], chunk.start, chunk.entry.length)
+    def _record(self, chunks: Sequence[Chunk], offsets: list[int], links: LayerLinks) -> None:
+        """Hands each request the choices of the rows that stay; rejected drafts are cut off already."""
+        spans = list(zip(chunks, offsets, strict=False))
+        if layers := self.routed_layers:
+            routes_TLA = torch.stack([links.router_ids[i] for i in layers], dim=1).int().cpu()
+            for chunk, offset in spans:
+                chunk.request.routes = chunk.request.routes or Recording(layers)
+                chunk.request.routes.add(routes_TLA[offset:], chunk.start, chunk.entry.length)
+        if layers := self.selecting_layers:
+            lists = torch.stack([links.selections[i].transpose(0, 1) for i in layers], dim=1).cpu()
+            for chunk, offset in spans:
+                chunk.request.selections = chunk.request.selections or Recording(layers)
+                chunk.request.selections.add(lists[offset:], chunk.start, chunk.entry.length)
 
     def _emit(self, chunks: Sequence[Chunk], offsets: list[int], hidden: Tensor) -> list[tuple[Request, int]]:
         """Samples or verifies where a chunk reached the newest token; cuts rejected drafts off the caches."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sateen import ops
 from sateen.nn.attention.base import Attention, LayerCache, LayerLinks, Sequences
 from sateen.nn.attention.full import FullAttention, SlidingAttention
+from sateen.nn.attention.replay import replayed_blocks
 from sateen.nn.attention.selection import choose_blocks
 from sateen.nn.rotary import apply_rotary
 from sateen.nn.spec import KVLayout, LayerSpec
@@ -45,6 +46,8 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
                 q, k, seq, cu_seqlens_k, block_size=options["block_size"],
                 num_blocks=options["num_blocks"], forced_window=options.get("forced_window"),
             )  # fmt: skip
+            forced = links.forced_selections.get(spec.index)
+            links.selections[spec.index] = replayed_blocks(links.selections[spec.index], forced)
         out: Tensor = ops.attention(  # type: ignore[assignment]
             q,
             k,
