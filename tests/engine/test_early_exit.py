@@ -15,6 +15,13 @@ SETTINGS = {
     "chunks and reuse off": ROOMY | {"max_num_batched_tokens": 70, "prefix_cache": False},
     "preempted": ROOMY | {"num_pages": 5, "max_num_batched_tokens": 90},
 }
+FORMS = {
+    "plain": {},
+    "heads": {"heads": 3},
+    "blocks and windows in sparse layers": {
+        "heads": 1, "sparse_local": "gated", "sparse_select": "block", "sparse_block_size": 8,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +48,15 @@ def watched(llm, rounds, count):
     return outputs, drafts
 
 
-@pytest.mark.parametrize("heads", [0, 3])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_tokens_and_drafts_are_those_of_the_full_forward(heads, settings, random_model, make_prompts):
+def test_tokens_and_drafts_are_those_of_the_full_forward(form, settings, random_model, make_prompts):
     """Lengths around pages, windows and branches; caches hold NaN wherever nothing has been written.
 
     Random heads guess badly, but every row they read shows in what they guess.
     """
-    model = random_model("hysparse2-tiny", heads=heads, mtp_intermediate_size=48)
+    model = random_model("hysparse2-tiny", mtp_intermediate_size=48, **form)
+    heads = model.num_mtp_heads
     start, a, b = make_prompts([190, 60, 5])
     rounds = [
         [start + a, b, start[:131]],

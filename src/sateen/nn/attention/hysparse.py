@@ -32,9 +32,10 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
     def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         spec, options = self.spec, self.spec.options
         source = options.get("input_from")
-        if options.get("publishes_input"):  # a trunk that exits early has published all rows already
+        if options.get("publishes_input"):
             source = spec.index
-            links.hidden.setdefault(source, x_TD)
+            if links.hidden_seq is None:  # else a trunk that exits early has published all rows already
+                links.hidden[source] = x_TD
         kv_seq = links.hidden_seq or seq
         q, k, v = self.project(x_TD, seq, None if source is None else links.hidden[source], kv_seq)
         cu_seqlens_k = kv_seq.cu_seqlens
