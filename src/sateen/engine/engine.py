@@ -68,6 +68,7 @@ class LLM:
         prefix_cache: bool = True,
         anchor_memory_bytes: int | None = None,
         prefill_exit: bool = True,
+        kv_offload: bool = False,
         max_waiting: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -110,6 +111,9 @@ class LLM:
             prefill_exit: models with HySparse2's bridge compute only those rows of a prompt in their second
                 half that somebody reads; the tokens are the same. Without effect for other models, INT8
                 caches and recorded choices.
+            kv_offload: the pages of full layers live in host memory; layers that read chosen blocks get those
+                alone. The tokens are the same. Made for accelerators and never run on one; on a CPU it only
+                copies more.
             max_waiting: requests that `add` lets wait beside those in work; None for any number.
             clock: seconds that `deadline_s` is measured in.
 
@@ -147,7 +151,7 @@ class LLM:
         self.cache = sized_cache(
             model, num_draft=self.num_draft, kv_cache_dtype=kv_cache_dtype, attention=attention,
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_memory_bytes=kv_memory_bytes,
-            num_pages=num_pages,
+            num_pages=num_pages, offloads=kv_offload,
         )  # fmt: skip
         self.max_model_len = self.cache.max_model_len
         num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
@@ -290,6 +294,7 @@ class LLM:
         stats.preemptions = self.scheduler.num_preemptions
         return stats.as_dict() | {
             "allocated_bytes": self.cache.allocated_bytes(),
+            "host_bytes": self.cache.host_bytes,
             "draft_decisions": self.draft_length.decisions if self.draft_length is not None else [],
             "draft_state_bytes": self.runner.drafter.allocated_bytes if self.runner.drafter else 0,
             "waiting": len(self.scheduler.waiting),

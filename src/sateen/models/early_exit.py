@@ -104,6 +104,7 @@ class EarlyExit:
                 rows_T, here = here.newest(needed)
                 x_TD, place_T = x_TD[rows_T], place_T[rows_T]
                 links.selections = {i: lists[:, rows_T] for i, lists in links.selections.items()}
+                links.lists = {i: lists[:, rows_T] for i, lists in links.lists.items()}
                 view = whole.newest(needed) if whole is not None else None
             is_bridged = index == self.source or "input_from" in model.config.specs[index].options
             rows = whole if is_bridged else view

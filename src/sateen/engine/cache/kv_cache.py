@@ -94,6 +94,7 @@ class KVCache:
         dtype: of the rows.
         is_scaled: they are int8 and come with scales.
         attention: `auto` reads rows as floats, `int8` computes with integers.
+        offloads: pages live in host memory, see `staging`; rings stay on the device.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         attention: str = "auto",
+        offloads: bool = False,
     ):
         self.layouts = tuple(layouts)
         self.num_trunk_layers = num_trunk_layers
@@ -119,6 +121,8 @@ class KVCache:
         self.is_scaled = dtype == torch.int8
         self.device = torch.device(device)
         self.attention = attention
+        self.offloads = offloads
+        self.page_device = torch.device("cpu") if offloads else self.device
         self.pools: dict[tuple[int, str], Pool] = {}
         self.sources: dict[tuple[int, str], int] = {}
         for index, group in enumerate(self.layouts):
@@ -143,8 +147,10 @@ class KVCache:
         ring = self._ring_rows(index, layout) if layout.kind == "ring" else 0
         rows = self.num_slots * ring if ring else self.num_pages * PAGE
         shape = rows, layout.num_kv_heads
-        k = _zeros((*shape, layout.head_dim), self.dtype, self.device)
-        v = _zeros((*shape, layout.v_head_dim), self.dtype, self.device)
+        device = self.device if ring else self.page_device
+        is_pinned = device != self.device and self.device.type == "cuda"
+        k = _zeros((*shape, layout.head_dim), self.dtype, device, is_pinned)
+        v = _zeros((*shape, layout.v_head_dim), self.dtype, device, is_pinned)
         if not self.is_scaled:
             return Pool(layout, k, v, ring)
         k_scale, v_scale = (torch.zeros(*shape, device=self.device) for _ in range(2))
@@ -287,6 +293,11 @@ class KVCache:
             total[pool.layout.kind] += pool.num_bytes
         return total
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the pools that offloading keeps off the device."""
+        return self.allocated_bytes()["paged"] if self.offloads else 0
+
     def allocated_bytes_by_layer(self) -> list[int]:
         """Bytes of the pools of each layer, MTP heads after the trunk; 0 for layers that share."""
         total = [0] * len(self.layouts)
@@ -305,10 +316,15 @@ class KVCache:
         return total
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose memory a CPU hands out where they are first written, so that an idle cache takes none."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+def _zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_pinned: bool = False
+) -> Tensor:
+    """Zeros whose memory a CPU hands out where they are first written, so that an idle cache takes none.
+
+    Pinned ones are there at once: an accelerator reads them past the system.
+    """
+    if device.type != "cpu" or is_pinned:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=is_pinned)
     size = math.prod(shape) * dtype.itemsize
     # numpy asks the system for zeroed pages, torch would write them. Rows begin at cache lines, as torch's.
     raw = np.zeros(size + CACHE_LINE, dtype=np.uint8)

@@ -299,7 +299,9 @@ def prefix_cache_for(
     if not wanted:
         return None
     if records_choices:
-        log.info("prefix cache is off: choices of every token are recorded, so every token is computed")
+        log.info(
+            "prefix cache is off: routing or lists of every token are recorded, so every token is computed"
+        )
         return None
     if not cache.has_pages:
         log.info("prefix cache is off: no layer keeps all rows, so there are no pages to share")

@@ -72,6 +72,13 @@ class LayerCache(Protocol):
         """The visible keys and values that another layer already appended (`shared` layouts)."""
         ...
 
+    def lend(self, lists_KTn: Tensor, seq: Sequences, block_size: int, name: str = "kv") -> Tensor:
+        """Called when a layer's lists are known: the lists as they count the keys that `read` returns.
+
+        A cache that keeps rows elsewhere brings the listed blocks of `block_size` keys near.
+        """
+        return lists_KTn
+
     def attend(
         self,
         q_TNH: Tensor,
@@ -108,6 +115,7 @@ class LayerLinks:
     Attributes:
         kv: layer index -> (k_SKH, v_SKV, cu_seqlens_k) published for layers that share them.
         selections: layer index -> int32 [K, T, n] key blocks chosen by an oracle layer.
+        lists: the same as layers that read the keys count them, where a cache lends only some of these.
         forced_selections: layer index -> int32 [K, T, n] key blocks to use instead of choosing; tokens whose
             lists are all -1 choose freely.
         hidden: layer index -> [T, D] normalised input published for layers that project keys from it.
@@ -121,6 +129,7 @@ class LayerLinks:
 
     kv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     selections: dict[int, Tensor] = field(default_factory=dict)
+    lists: dict[int, Tensor] = field(default_factory=dict)
     forced_selections: dict[int, Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     hidden_seq: Sequences | None = None

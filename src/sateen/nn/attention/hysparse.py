@@ -49,6 +49,9 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
             )  # fmt: skip
             forced = links.forced_selections.get(spec.index)
             links.selections[spec.index] = replayed_blocks(links.selections[spec.index], forced)
+            if cache is not None:
+                del links.kv[spec.index]  # readers ask the cache, which may keep less of it
+                links.lists[spec.index] = cache.lend(links.selections[spec.index], seq, options["block_size"])
         out: Tensor = ops.attention(  # type: ignore[assignment]
             q,
             k,
@@ -103,7 +106,7 @@ class SparseAttention(Attention, kind="sparse_attention"):
                 apply_rotary(q_TNH, seq.rotary(spec.rope_theta, spec.rotary_dim)),
                 k,
                 v,
-                links.selections[spec.kv_source],
+                links.lists.get(spec.kv_source, links.selections[spec.kv_source]),
                 block_size=options["block_size"],
                 cu_seqlens_q=seq.cu_seqlens,
                 cu_seqlens_k=cu_seqlens_k,
