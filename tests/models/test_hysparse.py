@@ -142,6 +142,27 @@ def test_save_and_load_are_bit_identical(name, tmp_path):
         assert torch.equal(tensor, again.state_dict()[key]), key
 
 
+def test_mtp_heads_are_plain_sliding_layers_with_dense_mlps(tmp_path):
+    model = Decoder(
+        config("hysparse2-tiny", num_nextn_predict_layers=2, mtp_intermediate_size=48)
+    ).init_weights(3)
+    names = {entry.name: tuple(tensor.shape) for _, tensor, entry in parameter_entries(model)}
+    head = {name.split("layers.1.")[1]: shape for name, shape in names.items() if "mtp.layers.1." in name}
+    assert head["eh_proj.weight"] == (64, 128)
+    assert head["mlp.gate_proj.weight"] == (48, 64)
+    assert head["self_attn.attention_sink_bias"] == (4,)
+    assert not any("gate_proj" in name for name in head if "self_attn" in name)
+    (layout,) = model.config.kv_layouts()[-1]
+    assert (layout.kind, layout.window) == ("ring", 8)
+    model.save(tmp_path / "model")
+    again = load_model(tmp_path / "model")
+    assert again.num_mtp_heads == 2
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+    with pytest.raises(ConfigError, match="mtp_intermediate_size gives its width"):
+        config("hysparse2-tiny", num_nextn_predict_layers=2)
+    assert config("hysparse-tiny", num_nextn_predict_layers=1).mtp.layer.intermediate_size == 320
+
+
 @torch.no_grad()
 def test_the_bridge_projects_keys_from_the_input_of_the_first_full_layer():
     model = Decoder(config("hysparse2-tiny", initializer_range=0.1)).init_weights(0)

@@ -1,6 +1,7 @@
 """The `rl` stage on a tiny model: it runs in the one loop, resumes bit for bit, refuses hopeless tasks."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from sateen.checkpoint import hf
 from sateen.config import RunConfig, Silent, StageContext, stage_function
 from sateen.engine.engine import LLM
 from sateen.errors import ConfigError, RewardError
+from sateen.nn.attention import hysparse
+from sateen.nn.attention.replay import replayed_blocks
 from sateen.train.metrics import read_metrics
 
 RL = {
@@ -32,18 +35,18 @@ SFT = {
 }
 
 
-def recipe(folder, **rl) -> RunConfig:
+def recipe(folder, preset="mimo-v2-flash-tiny", shape=None, **rl) -> RunConfig:
     folder.mkdir(exist_ok=True)
     for i in range(30):
         (folder / f"{i}.txt").write_text(
             "the warp crosses the weft once in four threads of satin\n" * 3 + str(i)
         )
-    shape = {"num_nextn_predict_layers": 0, "vocab_size": 280, "moe_layer_freq": [0] * 6}
+    shape = shape or {"num_nextn_predict_layers": 0, "vocab_size": 280, "moe_layer_freq": [0] * 6}
     return RunConfig.model_validate(
         {
             "name": "rl-test",
             "threads": 1,
-            "model": {"preset": "mimo-v2-flash-tiny", "overrides": shape},
+            "model": {"preset": preset, "overrides": shape},
             "tokenizer": {"vocab_size": 275},
             "data": {
                 "text": {"kind": "text_dir", "path": str(folder), "weight": 0.0},
@@ -110,6 +113,36 @@ def test_an_interrupted_run_equals_the_unbroken_one(unbroken, tmp_path):
     run(config, tmp_path / "run", stages=(1,))
     a, b = (hf.load(folder / "model").state_dict() for folder in (unbroken, tmp_path / "run"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_chosen_blocks_are_replayed_also_after_an_interruption(tmp_path, monkeypatch):
+    """HySparse2 with a budget below its contexts; lists of pending rollouts come back from the checkpoint."""
+    shape = {"vocab_size": 280, "n_routed_experts": 0, "intermediate_size": 64}
+    shape |= {"sparse_topk_tokens": 4, "sliding_window": 4}
+    config = recipe(tmp_path / "texts", "hysparse2-tiny", shape)
+    run(config, tmp_path / "unbroken", stages=(0,))
+    for name in ("broken", "off"):
+        shutil.copytree(tmp_path / "unbroken", tmp_path / name, symlinks=True)
+    seen = []
+    monkeypatch.setattr(
+        hysparse,
+        "replayed_blocks",
+        lambda chosen, forced: seen.append(forced) or replayed_blocks(chosen, forced),
+    )
+    run(config, tmp_path / "unbroken", stages=(1,))
+    replayed = [forced for forced in seen if forced is not None]
+    assert len(replayed) > 4
+    assert all(lists.shape[0] == 1 and lists.shape[2] == 4 + 4 for lists in replayed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "broken", stages=(1,), progress=Interrupt(after=3))
+    run(config, tmp_path / "broken", stages=(1,))
+    a, b = (hf.load(tmp_path / name / "model").state_dict() for name in ("unbroken", "broken"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    seen.clear()
+    off = recipe(tmp_path / "texts", "hysparse2-tiny", shape, replay_selections=False, tokens=500)
+    run(off, tmp_path / "off", stages=(1,))
+    assert seen
+    assert all(forced is None for forced in seen)
 
 
 def test_tasks_that_no_answer_solves_are_refused(tmp_path):

@@ -22,7 +22,8 @@ class Replay:
 
     Attributes:
         router_ids: layer index -> [T, A] expert ids; a row of -1 leaves that token to the router.
-        selections: layer index -> int32 [K, T, n] key blocks of an oracle layer.
+        selections: layer index -> int32 [K, T, n] key blocks of an oracle layer; lists of -1 alone leave that
+            token to the layer.
     """
 
     router_ids: dict[int, Tensor] = field(default_factory=dict)

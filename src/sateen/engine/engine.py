@@ -64,8 +64,11 @@ class LLM:
         num_pages: int | None = None,
         seed: int = 0,
         record_routing: bool = False,
+        record_selections: bool = False,
         prefix_cache: bool = True,
         anchor_memory_bytes: int | None = None,
+        prefill_exit: bool = True,
+        kv_offload: bool = False,
         max_waiting: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -99,10 +102,18 @@ class LLM:
             num_pages: pages of 64 tokens, instead of `kv_memory_bytes`.
             seed: of requests without a seed.
             record_routing: outputs carry the experts that every token used, for models that have experts.
+            record_selections: outputs carry the key blocks that every token's queries chose, for models with
+                oracle layers.
             prefix_cache: a prompt that begins like an earlier one starts where its rows are still known.
             anchor_memory_bytes: bound of the copies of sliding windows that `prefix_cache` keeps, which come
                 on top of the caches; when None two per sequence or an eighth of the paged caches, whichever
                 is more (source: ours).
+            prefill_exit: models with HySparse2's bridge compute only those rows of a prompt in their second
+                half that somebody reads; the tokens are the same. Without effect for other models, INT8
+                caches and recorded choices.
+            kv_offload: the pages of full layers live in host memory; layers that read chosen blocks get those
+                alone. The tokens are the same. Made for accelerators and never run on one; on a CPU it only
+                copies more.
             max_waiting: requests that `add` lets wait beside those in work; None for any number.
             clock: seconds that `deadline_s` is measured in.
 
@@ -137,19 +148,25 @@ class LLM:
                 f"max_num_batched_tokens {max_num_batched_tokens} is too small; {max_num_seqs} sequences "
                 f"with {self.num_draft} drafts each need {max_num_seqs * (1 + self.num_draft)}"
             )
+        if kv_offload and any(spec.options.get("share_kv_swa") for spec in config.specs):
+            raise ConfigError(
+                "kv_offload stages chosen blocks alone, and with share_kv_swa windows read these rows too; "
+                "use kv_offload=False"
+            )
         self.cache = sized_cache(
             model, num_draft=self.num_draft, kv_cache_dtype=kv_cache_dtype, attention=attention,
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_memory_bytes=kv_memory_bytes,
-            num_pages=num_pages,
+            num_pages=num_pages, offloads=kv_offload,
         )  # fmt: skip
         self.max_model_len = self.cache.max_model_len
         num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
         self.runner = Runner(
             model, self.cache, num_tokens=num_tokens, drafts=self.num_draft > 0,
-            records_routing=record_routing, step=step,
+            records_routing=record_routing, records_selections=record_selections, step=step,
+            prefill_exit=prefill_exit,
         )  # fmt: skip
         self.prefix = prefix_cache_for(
-            self.cache, wanted=prefix_cache, records_routing=bool(self.runner.routed_layers),
+            self.cache, wanted=prefix_cache, records_choices=self.runner.records,
             max_anchor_bytes=anchor_memory_bytes,
         )  # fmt: skip
         self.scheduler = Scheduler(
@@ -282,6 +299,7 @@ class LLM:
         stats.preemptions = self.scheduler.num_preemptions
         return stats.as_dict() | {
             "allocated_bytes": self.cache.allocated_bytes(),
+            "host_bytes": self.cache.host_bytes,
             "draft_decisions": self.draft_length.decisions if self.draft_length is not None else [],
             "draft_state_bytes": self.runner.drafter.allocated_bytes if self.runner.drafter else 0,
             "waiting": len(self.scheduler.waiting),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sateen.engine.drafts.stats import DraftStats
 from sateen.engine.sampling.values import bias, integer, listed, number, schema
 from sateen.errors import RequestError, unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM: logits would overflow float32
 MOST_COMPLETIONS = 1024  # of one prompt; each is a request of its own (source: ours)
@@ -205,6 +208,9 @@ class RequestOutput:
             they are computed, None if not asked for.
         num_cached_tokens: tokens of the prompt that were not computed, because an earlier request had the
             same; of the first completion.
+        selections: of an engine that records selections: oracle layer -> int32 [tokens, K, n] key blocks that
+            every token's query kept, -1 throughout for tokens that were never computed. Of the first
+            completion.
     """
 
     request_id: int
@@ -216,6 +222,7 @@ class RequestOutput:
     router_ids: dict[int, list[list[int]]] | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    selections: dict[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)

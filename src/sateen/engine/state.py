@@ -15,6 +15,7 @@ from torch import Tensor
 from sateen.engine.cache.kv_cache import CacheEntry
 from sateen.engine.detokenizer import Detokenizer
 from sateen.engine.drafts.stats import DraftStats
+from sateen.engine.recording import Recording
 from sateen.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, StreamChunk
 from sateen.engine.sampling.shaping import Shaper
 
@@ -40,9 +41,8 @@ class Request:
         logprobs: as in `CompletionOutput`.
         prompt_logprobs: as in `RequestOutput`, as far as they are known; only the first completion has some.
         weights_version: of its first token.
-        routed_layers: layers whose routes are recorded; empty unless the engine records them.
-        routes: expert ids [tokens, layers, A] of its tokens so far, in pieces.
-        num_routed: tokens in `routes`.
+        routes: expert ids [tokens, layers, A] of its tokens so far; None unless the engine records them.
+        selections: the same of key blocks [tokens, layers, K, n].
         page_keys: what the pages of its tokens are published under, as far as somebody asked.
         num_cached_tokens: as in `RequestOutput`; None before it has started.
         deadline: the clock's time at which it expires; None for never.
@@ -70,9 +70,8 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "abort"] | None = None
     stop_reason: str | int | None = None
-    routed_layers: tuple[int, ...] = ()
-    routes: list[Tensor] = field(default_factory=list)
-    num_routed: int = 0
+    routes: Recording | None = None
+    selections: Recording | None = None
     page_keys: list[bytes] = field(default_factory=list, repr=False)
     num_cached_tokens: int | None = None
     deadline: float | None = None
@@ -133,24 +132,10 @@ class Request:
         if self.detokenizer:
             self.detokenizer.finish()
 
-    def record_routes(self, routes_TLA: Tensor, start: int, end: int) -> None:
-        """Keeps the routes of the tokens from `start` to `end`; the first ones of a token stand.
-
-        A preempted request computes its tokens again, maybe by newer weights; the first routes are those that
-        its log-probabilities belong to.
-        """
-        if end > self.num_routed:
-            self.routes.append(routes_TLA[self.num_routed - start : end - start])
-            self.num_routed = end
-
     def router_ids(self) -> dict[int, list[list[int]]] | None:
         """See `RequestOutput.router_ids`."""
-        if not self.routes:
-            return None
-        known_TLA = torch.cat(self.routes)
-        missing = len(self.tokens) - len(known_TLA)
-        routes_TLA = torch.cat([known_TLA, known_TLA.new_full((missing, *known_TLA.shape[1:]), -1)])
-        return {layer: routes_TLA[:, i].tolist() for i, layer in enumerate(self.routed_layers)}
+        found = self.routes.by_layer(len(self.tokens)) if self.routes else None
+        return None if found is None else {layer: ids.tolist() for layer, ids in found.items()}
 
     def news(self, index: int = 0) -> StreamChunk:
         """What it got since this was last asked; text that a stop string may take back is held.
@@ -191,4 +176,5 @@ class Request:
             first.router_ids(),
             list(first.prompt_logprobs) if self.params.prompt_logprobs is not None else None,
             first.num_cached_tokens or 0,
+            first.selections.by_layer(len(first.tokens)) if first.selections else None,
         )

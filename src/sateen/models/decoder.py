@@ -6,7 +6,7 @@ letters: T packed tokens, B sequences, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from sateen.errors import ShapeError
 from sateen.models.base import ModelConfig, family
+from sateen.models.early_exit import EarlyExit
 from sateen.nn.attention import Attention, LayerCache, LayerLinks, Sequences
 from sateen.nn.mlp import MLPS
 from sateen.nn.moe import MoE, Router
@@ -156,10 +157,17 @@ class Decoder(nn.Module):
         links: LayerLinks | None = None,
         *,
         embeddings_TD: Tensor | None = None,
+        wanted: Sequence[int] | None = None,
     ) -> Tensor:
-        """Hidden states [T, D] before the final norm; `embeddings_TD` stands in for the token embeddings."""
+        """Hidden states [T, D] before the final norm; `embeddings_TD` stands in for the token embeddings.
+
+        `wanted` says how many of each sequence's newest rows are read; the others may then be zeros, where
+        the model has an `EarlyExit`.
+        """
         links = LayerLinks() if links is None else links
         x = self.model.embed_tokens(input_ids_T) if embeddings_TD is None else embeddings_TD
+        if wanted is not None and (early := EarlyExit.of(self.config)) is not None:
+            return early.trunk(self, x, seq, cache, links, wanted)
         for index, layer in enumerate(self.model.layers):
             x = layer(x, seq, cache.layer(index) if cache is not None else None, links)
         return x

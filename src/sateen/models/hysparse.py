@@ -3,29 +3,30 @@
 Source: arXiv 2602.03560 §3 and Table 1; HySparse2, arXiv 2609.26368. No checkpoint was released, so the
 config words and tensor names are ours, in Hugging Face's manner. Ours as well, because the papers leave them
 open: `gate_granularity`, `sink_sa` and `sink_swa` apart, `swa_num_key_value_heads`, `swa_rope_theta` and the
-partial rotary factors of HySparse, everything of the MLPs but the number of experts, `sparse_bridge_source`.
-`share_kv_sa` and `share_kv_swa` select the rows of Table 4.
+partial rotary factors of HySparse, everything of the MLPs but the number of experts, `sparse_bridge_source`,
+and the form of MTP heads. `share_kv_sa` and `share_kv_swa` select the rows of Table 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from sateen.errors import ConfigError
 from sateen.models.base import Family, ModelConfig, layer_types, rope_theta
-from sateen.models.mimo_v2_flash import entries
-from sateen.nn.spec import LayerSpec, MoESpec
+from sateen.models.mimo_v2_flash import NAMES, entries
+from sateen.nn.spec import LayerSpec, MoESpec, MTPSpec
 
 KEYS = frozenset(
     "attention_bias gate_granularity gqa_score_reduce head_dim hidden_act intermediate_size layer_types "
-    "moe_intermediate_size moe_layer_freq n_routed_experts norm_topk_prob num_attention_heads "
-    "num_experts_per_tok num_key_value_heads partial_rotary_factor rms_norm_eps rope_parameters rope_scaling "
-    "rope_theta routed_scaling_factor scoring_func share_kv_sa share_kv_swa sink_sa sink_swa sliding_window "
-    "sparse_block_size sparse_bridge sparse_bridge_source sparse_local sparse_score sparse_select "
-    "sparse_topk_tokens swa_num_key_value_heads swa_output_gate swa_partial_rotary_factor swa_rope_theta "
-    "v_head_dim".split()
+    "moe_intermediate_size moe_layer_freq mtp_intermediate_size n_routed_experts norm_topk_prob "
+    "num_attention_heads num_experts_per_tok num_key_value_heads num_nextn_predict_layers "
+    "partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta routed_scaling_factor "
+    "scoring_func share_kv_sa share_kv_swa sink_sa sink_swa sliding_window sparse_block_size sparse_bridge "
+    "sparse_bridge_source sparse_local sparse_score sparse_select sparse_topk_tokens swa_num_key_value_heads "
+    "swa_output_gate swa_partial_rotary_factor swa_rope_theta v_head_dim".split()
 )
 KINDS = ("full_attention", "sliding_attention", "sparse_attention")
 # Key -> accepted values, the first when absent.
@@ -197,10 +198,38 @@ def _experts(raw: Mapping[str, Any]) -> list[MoESpec | None]:
     return [moe if flag else None for flag in flags]
 
 
+def mtp(config: ModelConfig, num_heads: int) -> MTPSpec:
+    """`num_heads` heads in MiMo-V2-Flash's form: a plain sliding layer and a dense MLP (source: ours).
+
+    Raises:
+        ConfigError: no width is given for the MLP.
+    """
+    raw, first = config.raw, config.specs[0]
+    width = int(raw.get("mtp_intermediate_size") or raw.get("intermediate_size") or 0)
+    if width < 1:
+        raise ConfigError("config.json: MTP heads have a dense MLP; mtp_intermediate_size gives its width")
+    rotary = float(raw.get("swa_partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)))
+    layer = LayerSpec(
+        index=len(config.specs),
+        attention="sliding_attention",
+        num_attention_heads=first.num_attention_heads,
+        num_key_value_heads=int(raw.get("swa_num_key_value_heads", raw["num_key_value_heads"])),
+        head_dim=first.head_dim,
+        v_head_dim=first.v_head_dim,
+        rope_theta=float(raw.get("swa_rope_theta", rope_theta(raw, 10000.0))),
+        rotary_dim=int(first.head_dim * rotary),
+        window=int(raw.get("sliding_window", 128)),
+        has_sink=bool(raw.get("sink_swa", True)),
+        qkv_bias=first.qkv_bias,
+        intermediate_size=width,
+    )
+    return MTPSpec(num_heads, layer, order="embedding", is_chained=False, path="mtp.layers", names=NAMES)
+
+
 def parse(raw: Mapping[str, Any]) -> ModelConfig:
     for key in WORDS:
         _word(raw, key)
-    return ModelConfig(
+    config = ModelConfig(
         model_type="hysparse",
         vocab_size=int(raw["vocab_size"]),
         hidden_size=int(raw["hidden_size"]),
@@ -212,6 +241,8 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         mtp=None,
         raw=raw,
     )
+    heads = int(raw.get("num_nextn_predict_layers") or 0)
+    return replace(config, mtp=mtp(config, heads)) if heads else config
 
 
-FAMILY = Family(parse=parse, keys=KEYS, entries=entries)
+FAMILY = Family(parse=parse, keys=KEYS, entries=entries, mtp=mtp)

@@ -24,7 +24,8 @@ def lowbit_model(model: Decoder, weights: str, *, in_place: bool = False) -> Dec
     """A serving model whose linear layers and experts have weights of eight or four bits.
 
     The output matrix is int8 with both and reads its inputs more finely, because its errors go straight into
-    the logits; where it is tied, the embedding stays beside it as it was. Embeddings, norms, routers and biases are shared with the given one.
+    the logits; where it is tied, the embedding stays beside it as it was. Embeddings, norms, routers and
+    biases are shared with the given one.
 
     Args:
         weights: `int8` or `int4`; see `ops.pack_int8` and `ops.pack_int4`.
@@ -52,7 +53,10 @@ def lowbit_model(model: Decoder, weights: str, *, in_place: bool = False) -> Dec
         make = _form(module)
         assert make is not None
         owner, _, leaf = name.rpartition(".")
-        made = IntegerHead(module, "int8") if name == HEAD else make(module, weights)
+        if name == HEAD and isinstance(module, nn.Linear):
+            made: nn.Module = IntegerHead(module, "int8")
+        else:
+            made = make(module, weights)
         setattr(packed.get_submodule(owner), leaf, made)
         count += 1
     if count <= 1:

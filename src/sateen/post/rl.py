@@ -66,6 +66,7 @@ def rollout_source(
         max_num_batched_tokens=max(2048, answers),
         max_model_len=min(stage.seq_len, model.config.max_position_embeddings),
         record_routing=stage.replay_routing,
+        record_selections=stage.replay_selections,
     )
     return RolloutSource(
         llm,

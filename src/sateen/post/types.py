@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from sateen.data.packing import IGNORE, PackedBatch, Replay, pack
 
@@ -32,6 +33,7 @@ class Rollout:
         teacher_logprobs: log-probabilities of the completion under the domain's teacher.
         router_ids: layer index -> expert ids of every token of prompt and completion as the sampler chose
             them; -1 for tokens that it never computed. None for models without experts.
+        selections: the same of an oracle layer's key blocks, int32 [tokens, K, n]. None for models without.
     """
 
     prompt_ids: list[int]
@@ -46,6 +48,7 @@ class Rollout:
     is_truncated: bool = False
     teacher_logprobs: list[float] | None = None
     router_ids: dict[int, list[list[int]]] | None = None
+    selections: dict[int, Tensor] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.logprobs) == len(self.completion_ids), "one log-probability per completion token"
@@ -61,7 +64,8 @@ def pack_rollouts(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> P
 
     Returns:
         A batch whose labels, `old_logprobs` and `teacher_logprobs` stand at the row before each completion
-        token, and whose `replay` has the experts that the sampler chose, where it recorded them.
+        token, and whose `replay` has the experts and key blocks that the sampler chose, where it recorded
+        them.
     """
     sequences = [[*r.prompt_ids, *r.completion_ids] for r in rollouts]
     labels = [[*[IGNORE] * (len(r.prompt_ids) - 1), *r.completion_ids, IGNORE] for r in rollouts]
@@ -81,13 +85,15 @@ def pack_rollouts(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> P
 
 
 def _replay(rollouts: Sequence[Rollout]) -> Replay | None:
-    """The recorded routes of all rollouts, end to end; None unless each has some."""
-    routes = [rollout.router_ids for rollout in rollouts]
-    if not routes or any(not layers for layers in routes):
-        return None
-    return Replay(
-        {
-            layer: torch.tensor([ids for layers in routes if layers for ids in layers[layer]])
-            for layer in routes[0] or ()
-        }
-    )
+    """The recorded choices of all rollouts, end to end, of the kinds that each has; None without any."""
+    routes = [rollout.router_ids for rollout in rollouts if rollout.router_ids]
+    lists = [rollout.selections for rollout in rollouts if rollout.selections]
+    replay = Replay()
+    if routes and len(routes) == len(rollouts):
+        for layer in routes[0]:
+            ids = [row for layers in routes for row in layers[layer]]
+            replay.router_ids[layer] = torch.tensor(ids)
+    if lists and len(lists) == len(rollouts):
+        for layer in lists[0]:
+            replay.selections[layer] = torch.cat([layers[layer] for layers in lists]).transpose(0, 1)
+    return replay if replay.router_ids or replay.selections else None

@@ -131,6 +131,7 @@ class TokenObjective:
         links = LayerLinks(wants_balance_loss=self.balance_weight > 0 and self.trains_trunk)
         if batch.replay is not None:
             links.forced_router_ids = dict(batch.replay.router_ids)
+            links.forced_selections = dict(batch.replay.selections)
         seq = Sequences(batch.cu_seqlens, batch.position_ids)
         with torch.set_grad_enabled(self.trains_trunk and torch.is_grad_enabled()):
             hidden_TD = model.trunk(batch.input_ids, seq, links=links)

@@ -30,6 +30,8 @@ class RLConfig(StageConfig):
         max_groups: groups in work at once (source: ours).
         replay_routing: train each token through the experts that the sampler chose for it, weighted by the
             trained router (MiMo-V2-Flash §4.6); changes nothing in models without experts.
+        replay_selections: train each token over the key blocks that the sampler's queries chose (source:
+            ours); changes nothing in models without oracle layers.
     """
 
     stage: Literal["rl"] = "rl"
@@ -44,6 +46,7 @@ class RLConfig(StageConfig):
     easy_probability: Fraction = 0.1
     max_groups: Positive = 24
     replay_routing: bool = True
+    replay_selections: bool = True
     optimizer: OptimizerConfig = AdamWConfig(learning_rate=1e-6)
     losses: LossesConfig = LossesConfig(mtp_weight=0.0, balance_weight=0.0, router_bias_update_rate=0.0)
 

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sateen import ops
+from sateen.engine.cache.staging import stage_blocks, to_device
 from sateen.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from sateen.engine.cache.kv_cache import CacheEntry, KVCache, Pool
+    from sateen.nn.attention import Sequences
 
 Rows = NDArray[np.int64]  # row numbers of a pool
 
@@ -60,15 +62,34 @@ class Owners(NamedTuple):
 class ForwardCache:
     """One forward's view of a `KVCache`; implements `models.decoder.Cache`."""
 
-    def __init__(self, cache: KVCache, entries: Sequence[CacheEntry], starts: list[int], counts: list[int]):
+    def __init__(
+        self,
+        cache: KVCache,
+        entries: Sequence[CacheEntry],
+        starts: list[int],
+        counts: list[int],
+        gaps: Sequence[bool] | None = None,
+    ):
         self.cache = cache
         self.entries, self.starts, self.counts = entries, starts, counts
+        self._gaps = [False] * len(counts) if gaps is None else list(gaps)
         self._index: dict[tuple[int, int], RowIndex] = {}
         self._published: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
         self._wanted = set(cache.sources.values())
 
     def layer(self, index: int) -> LayerView:
         return LayerView(self, index)
+
+    def newest(self, counts: Sequence[int]) -> ForwardCache:
+        """The same forward for ring layers that compute the last `counts[i]` rows of each sequence alone.
+
+        Where rows are left out, the ones before them count as absent: their keys are not there.
+        """
+        spans = list(zip(self.starts, self.counts, counts, strict=True))
+        starts, gaps = [s + n - c for s, n, c in spans], [c < n for _, n, c in spans]
+        view = ForwardCache(self.cache, self.entries, starts, list(counts), gaps)
+        view._published = self._published
+        return view
 
     def extend(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.cache.attention != "auto":
@@ -140,6 +161,22 @@ class ForwardCache:
         slots = np.asarray([entry.slot for entry in self.entries], dtype=np.int64)
         return Owners(self._tensor(slots), self._tensor(np.repeat(np.arange(len(counts)), counts)), fresh)
 
+    def lend(self, index: int, name: str, lists_KTn: Tensor, seq: Sequences, block_size: int) -> Tensor:
+        """See `LayerCache.lend`: of offloaded rows only the listed blocks stay on the device."""
+        if not self.cache.offloads or index not in self._wanted:
+            return lists_KTn
+        lengths = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+        stage = stage_blocks(lists_KTn, seq.cu_seqlens.diff().tolist(), lengths, block_size)
+        rows = np.concatenate([e.rows[at] for e, at in zip(self.entries, stage.positions, strict=True)])
+        pool, source = self.cache.pools[index, name], torch.from_numpy(rows)
+        dtype = self._published[index, name][0].dtype
+        k, v = (
+            to_device(rows.index_select(0, source), self.cache.device, dtype)
+            for rows in (pool.k_RKH, pool.v_RKV)
+        )
+        self._published[index, name] = k, v, self._offsets([len(at) for at in stage.positions])
+        return stage.lists_KTn
+
     def read(self, index: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
         return self._published[self.cache.sources[index, name], name]
 
@@ -155,12 +192,14 @@ class ForwardCache:
         write = np.concatenate([e.rows[start : start + n] for e, start, n in spans])
         read = np.concatenate([e.rows[: start + n] for e, start, n in spans])
         assert len(write) == sum(self.counts), "rows were not reserved"
-        return RowIndex(self._tensor(write), self._compact(read), self._offsets([s + n for _, s, n in spans]))
+        device = self.cache.page_device
+        offsets = self._offsets([s + n for _, s, n in spans])
+        return RowIndex(torch.from_numpy(write).to(device), self._compact(read, device), offsets)
 
     def _ring_index(self, window: int, ring: int) -> RowIndex:
         starts, counts = np.asarray(self.starts), np.asarray(self.counts)
         bases = np.asarray([entry.slot * ring for entry in self.entries])
-        olds = np.minimum(starts, window - 1)
+        olds = np.where(self._gaps, 0, np.minimum(starts, window - 1))
         offsets = self._offsets((olds + counts).tolist())
         if counts.max() <= ring - window + 1:
             write = ring_rows(bases, starts, counts, ring)
@@ -183,12 +222,12 @@ class ForwardCache:
     def _tensor(self, rows: Rows) -> Tensor:
         return torch.from_numpy(rows).to(self.cache.device)
 
-    def _compact(self, rows: Rows) -> Tensor | slice:
+    def _compact(self, rows: Rows, device: torch.device) -> Tensor | slice:
         """A range instead of an index where the rows are consecutive: reading is then free."""
         first, last = int(rows[0]), int(rows[-1])
         if last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
             return slice(first, last + 1)
-        return self._tensor(rows)
+        return torch.from_numpy(rows).to(device)
 
     def _offsets(self, lengths: list[int]) -> Tensor:
         return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(self.cache.device)
@@ -207,6 +246,9 @@ class LayerView:
 
     def read(self, name: str = "kv") -> tuple[Tensor, Tensor, Tensor]:
         return self._forward.read(self._index, name)
+
+    def lend(self, lists_KTn: Tensor, seq: Sequences, block_size: int, name: str = "kv") -> Tensor:
+        return self._forward.lend(self._index, name, lists_KTn, seq, block_size)
 
     def attend(
         self,
@@ -243,11 +285,11 @@ def ring_rows(bases: Rows, firsts: Rows, counts: Rows, ring: int) -> Rows:
 
 def _extend(pool: Tensor, new: Tensor, rows: RowIndex) -> Tensor:
     """Writes the new rows and returns the visible ones in the dtype of `new`, rounded as the pool rounds."""
-    stored = new.to(pool.dtype)
+    stored = new.to(pool.device, pool.dtype)
     if rows.order is None:
         pool.index_copy_(0, rows.write, stored)
         seen = pool[rows.read] if isinstance(rows.read, slice) else pool.index_select(0, rows.read)
-        return seen.to(new.dtype)
+        return seen.to(new.dtype) if pool.device == new.device else to_device(seen, new.device, new.dtype)
     assert isinstance(rows.read, Tensor)
     assert rows.keep is not None
     seen = torch.cat([pool.index_select(0, rows.read), stored]).index_select(0, rows.order)

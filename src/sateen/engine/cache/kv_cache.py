@@ -94,6 +94,7 @@ class KVCache:
         dtype: of the rows.
         is_scaled: they are int8 and come with scales.
         attention: `auto` reads rows as floats, `int8` computes with integers.
+        offloads: pages live in host memory, see `staging`; rings stay on the device.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         attention: str = "auto",
+        offloads: bool = False,
     ):
         self.layouts = tuple(layouts)
         self.num_trunk_layers = num_trunk_layers
@@ -119,6 +121,8 @@ class KVCache:
         self.is_scaled = dtype == torch.int8
         self.device = torch.device(device)
         self.attention = attention
+        self.offloads = offloads
+        self.page_device = torch.device("cpu") if offloads else self.device
         self.pools: dict[tuple[int, str], Pool] = {}
         self.sources: dict[tuple[int, str], int] = {}
         for index, group in enumerate(self.layouts):
@@ -143,8 +147,10 @@ class KVCache:
         ring = self._ring_rows(index, layout) if layout.kind == "ring" else 0
         rows = self.num_slots * ring if ring else self.num_pages * PAGE
         shape = rows, layout.num_kv_heads
-        k = _zeros((*shape, layout.head_dim), self.dtype, self.device)
-        v = _zeros((*shape, layout.v_head_dim), self.dtype, self.device)
+        device = self.device if ring else self.page_device
+        is_pinned = device != self.device and self.device.type == "cuda"
+        k = _zeros((*shape, layout.head_dim), self.dtype, device, is_pinned)
+        v = _zeros((*shape, layout.v_head_dim), self.dtype, device, is_pinned)
         if not self.is_scaled:
             return Pool(layout, k, v, ring)
         k_scale, v_scale = (torch.zeros(*shape, device=self.device) for _ in range(2))
@@ -222,11 +228,17 @@ class KVCache:
         entry.slot = -1
 
     def forward(
-        self, entries: Sequence[CacheEntry], counts: Sequence[int], *, heads: bool = False
+        self,
+        entries: Sequence[CacheEntry],
+        counts: Sequence[int],
+        *,
+        heads: bool = False,
+        gaps: Sequence[bool] | None = None,
     ) -> ForwardCache:
         """The view for one forward that appends `counts[i]` rows to sequence i, in the trunk or in the heads.
 
-        Lengths are advanced here; pages must have been reserved.
+        Lengths are advanced here; pages must have been reserved. `gaps` tells sequences whose rings miss the
+        rows before: `head_length` was moved on.
         """
         starts = [e.head_length if heads else e.length for e in entries]
         for entry, start, count in zip(entries, starts, counts, strict=True):
@@ -236,7 +248,7 @@ class KVCache:
                 entry.head_length = start + count
             else:
                 entry.length = start + count
-        return ForwardCache(self, entries, starts, list(counts))
+        return ForwardCache(self, entries, starts, list(counts), gaps)
 
     def bytes_in_use(self, *, at_peak: bool = False) -> dict[str, int]:
         """Bytes of the pages and rings that sequences hold now, or held at most, per kind of layout."""
@@ -281,6 +293,11 @@ class KVCache:
             total[pool.layout.kind] += pool.num_bytes
         return total
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the pools that offloading keeps off the device."""
+        return self.allocated_bytes()["paged"] if self.offloads else 0
+
     def allocated_bytes_by_layer(self) -> list[int]:
         """Bytes of the pools of each layer, MTP heads after the trunk; 0 for layers that share."""
         total = [0] * len(self.layouts)
@@ -299,10 +316,15 @@ class KVCache:
         return total
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose memory a CPU hands out where they are first written, so that an idle cache takes none."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+def _zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_pinned: bool = False
+) -> Tensor:
+    """Zeros whose memory a CPU hands out where they are first written, so that an idle cache takes none.
+
+    Pinned ones are there at once: an accelerator reads them past the system.
+    """
+    if device.type != "cpu" or is_pinned:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=is_pinned)
     size = math.prod(shape) * dtype.itemsize
     # numpy asks the system for zeroed pages, huge ones where there is much to store; torch would write them.
     # Rows begin at cache lines, as torch's.

@@ -285,20 +285,23 @@ class PrefixCache:
 
 
 def prefix_cache_for(
-    cache: KVCache, *, wanted: bool, records_routing: bool, max_anchor_bytes: int | None
+    cache: KVCache, *, wanted: bool, records_choices: bool, max_anchor_bytes: int | None
 ) -> PrefixCache | None:
     """The prefix cache of an engine, or None with the reason in the log.
 
     Args:
         cache: its caches.
         wanted: what the user said.
-        records_routing: outputs carry the experts of every token, so every token has to be computed.
+        records_choices: outputs carry the experts or key blocks of every token, so every token has to be
+            computed.
         max_anchor_bytes: None for two windows per slot or an eighth of the pages, whichever is more.
     """
     if not wanted:
         return None
-    if records_routing:
-        log.info("prefix cache is off: the routing of every token is recorded, so every token is computed")
+    if records_choices:
+        log.info(
+            "prefix cache is off: routing or lists of every token are recorded, so every token is computed"
+        )
         return None
     if not cache.has_pages:
         log.info("prefix cache is off: no layer keeps all rows, so there are no pages to share")

@@ -96,6 +96,7 @@ def sized_cache(
     num_draft: int = 0,
     num_pages: int | None = None,
     attention: str = "auto",
+    offloads: bool = False,
 ) -> KVCache:
     """The caches of an engine: of the model's layers and its first `num_draft` heads; settings as of `LLM`.
 
@@ -106,12 +107,17 @@ def sized_cache(
     num_layers = config.num_hidden_layers
     layouts = config.kv_layouts()[: num_layers + num_draft]
     dtype = kv_dtype(kv_cache_dtype, model.model.embed_tokens.weight.dtype)
+    if offloads and dtype == torch.int8:
+        raise ConfigError(
+            "kv_offload keeps rows as floats, and kv_cache_dtype is int8; use another dtype, or no offloading"
+        )
     size = cache_size(
-        layouts, dtype, model.device, context=config.max_position_embeddings, max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len, kv_memory_bytes=kv_memory_bytes, num_pages=num_pages,
+        layouts, dtype, torch.device("cpu") if offloads else model.device,
+        context=config.max_position_embeddings, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+        kv_memory_bytes=kv_memory_bytes, num_pages=num_pages,
     )  # fmt: skip
     return KVCache(
         layouts, num_trunk_layers=num_layers, num_pages=size.num_pages, num_slots=max_num_seqs,
         max_model_len=size.max_model_len, num_draft=num_draft, dtype=dtype, device=model.device,
-        attention=attention,
+        attention=attention, offloads=offloads,
     )  # fmt: skip

@@ -40,6 +40,8 @@ class DraftJob:
         count: rows of the pass.
         offset: where they begin in the packed hidden states.
         wants_drafts: False while the prompt is being read.
+        computed: newest rows of the pass that have hidden states. Where they are not all, nothing that is
+            drafted or kept leans on heads' rows before them.
     """
 
     request: Request
@@ -48,6 +50,7 @@ class DraftJob:
     count: int
     offset: int
     wants_drafts: bool
+    computed: int
 
 
 class Drafter:
@@ -63,21 +66,25 @@ class Drafter:
     def run(self, jobs: Sequence[DraftJob], hidden_TD: Tensor) -> None:
         """Brings the heads up to each job's newest token and fills the drafts of those that want some."""
         K = self.num_heads
-        active, spans, sources, tokens = [], [], [], []
+        active, spans, gaps, sources, tokens = [], [], [], [], []
         for job in jobs:
             known, first = job.request.tokens, job.entry.head_length
+            has_gap = job.computed < job.count
+            if has_gap:
+                first = job.entry.head_length = job.start + job.count - job.computed
             n = len(known) - 1
             # While the prompt is read all its tokens are known, so every row that is processed is a true one.
             stop = n if job.wants_drafts else min(job.entry.length, n + 1 - K)
             if stop > first:
                 active.append(job)
                 spans.append((first, stop))
+                gaps.append(has_gap)
                 sources += self._sources(job, first, stop)
                 tail = known[first + 1 : stop + K + 1]
                 tokens += tail + [0] * (stop - first + K - len(tail))
         if active:
             joined = torch.cat([self.hidden_RD, hidden_TD])
-            self._draft(active, spans, joined.index_select(0, self._ids(sources)), self._ids(tokens))
+            self._draft(active, spans, gaps, joined.index_select(0, self._ids(sources)), self._ids(tokens))
         self._remember(jobs, hidden_TD)
 
     def _sources(self, job: DraftJob, first: int, stop: int) -> list[int]:
@@ -88,7 +95,12 @@ class Drafter:
         return [base + t % self.keep for t in range(first, border)] + [moved + t for t in range(border, stop)]
 
     def _draft(
-        self, jobs: list[DraftJob], spans: list[tuple[int, int]], hidden: Tensor, tokens: Tensor
+        self,
+        jobs: list[DraftJob],
+        spans: list[tuple[int, int]],
+        gaps: list[bool],
+        hidden: Tensor,
+        tokens: Tensor,
     ) -> None:
         K, model = self.num_heads, self.model
         counts = [stop - first for first, stop in spans]
@@ -97,7 +109,7 @@ class Drafter:
             torch.tensor(counts)
         )
         seq = Sequences(seq.cu_seqlens.to(model.device), positions.to(model.device))
-        view = self.cache.forward([job.entry for job in jobs], counts, heads=True)
+        view = self.cache.forward([job.entry for job in jobs], counts, heads=True, gaps=gaps)
         # `tokens` holds, per job, the token after each row and K places more: drafts go there as they appear.
         row_T = torch.arange(sum(counts)) + K * torch.arange(len(jobs)).repeat_interleave(
             torch.tensor(counts)

@@ -41,6 +41,14 @@ class Sequences:
         )
         return cls(offsets.to(device), positions.to(device))
 
+    def newest(self, counts: list[int]) -> tuple[Tensor, Sequences]:
+        """The last `counts[i]` rows of every sequence: where they stand [T'], and they alone."""
+        offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ends = self.cu_seqlens[1:].tolist()
+        spans = [torch.arange(end - n, end) for end, n in zip(ends, counts, strict=True)]
+        rows = torch.cat(spans).to(self.position_ids.device) if spans else self.position_ids
+        return rows, Sequences(offsets.to(self.cu_seqlens.device), self.position_ids[rows])
+
     def rotary(self, theta: float, dim: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, dim] in float32; computed once per forward and base."""
         key = (theta, dim)
@@ -63,6 +71,13 @@ class LayerCache(Protocol):
     def read(self, name: str = "kv") -> tuple[Tensor, Tensor, Tensor]:
         """The visible keys and values that another layer already appended (`shared` layouts)."""
         ...
+
+    def lend(self, lists_KTn: Tensor, seq: Sequences, block_size: int, name: str = "kv") -> Tensor:
+        """Called when a layer's lists are known: the lists as they count the keys that `read` returns.
+
+        A cache that keeps rows elsewhere brings the listed blocks of `block_size` keys near.
+        """
+        return lists_KTn
 
     def attend(
         self,
@@ -100,7 +115,11 @@ class LayerLinks:
     Attributes:
         kv: layer index -> (k_SKH, v_SKV, cu_seqlens_k) published for layers that share them.
         selections: layer index -> int32 [K, T, n] key blocks chosen by an oracle layer.
+        lists: the same as layers that read the keys count them, where a cache lends only some of these.
+        forced_selections: layer index -> int32 [K, T, n] key blocks to use instead of choosing; tokens whose
+            lists are all -1 choose freely.
         hidden: layer index -> [T, D] normalised input published for layers that project keys from it.
+        hidden_seq: the rows of `hidden`, where layers behind compute fewer of them.
         router_ids: layer index -> [T, A] experts chosen in this forward.
         forced_router_ids: layer index -> [T, A] experts to use instead of choosing; -1 rows choose freely.
         expert_counts: layer index -> int64 [E] tokens each expert received.
@@ -110,7 +129,10 @@ class LayerLinks:
 
     kv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     selections: dict[int, Tensor] = field(default_factory=dict)
+    lists: dict[int, Tensor] = field(default_factory=dict)
+    forced_selections: dict[int, Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    hidden_seq: Sequences | None = None
     router_ids: dict[int, Tensor] = field(default_factory=dict)
     forced_router_ids: dict[int, Tensor] = field(default_factory=dict)
     expert_counts: dict[int, Tensor] = field(default_factory=dict)

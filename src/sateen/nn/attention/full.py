@@ -35,20 +35,28 @@ class FullAttention(Attention, kind="full_attention"):
         return (KVLayout("paged", spec.num_key_value_heads, spec.head_dim, spec.v_head_dim),)
 
     def project(
-        self, x_TD: Tensor, seq: Sequences, kv_input_TD: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        seq: Sequences,
+        kv_input_TD: Tensor | None = None,
+        kv_seq: Sequences | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, scaled values; the latter two of `kv_input_TD` where it is given."""
+        """Rotated queries and keys, scaled values; the latter two of `kv_input_TD` where it is given.
+
+        `kv_seq` are the rows of `kv_input_TD` where they are others than the queries'.
+        """
         spec, T = self.spec, x_TD.shape[0]
         y_TD = x_TD if kv_input_TD is None else kv_input_TD
         q = self.q_proj(x_TD).view(T, spec.num_attention_heads, spec.head_dim)
-        k = self.k_proj(y_TD).view(T, spec.num_key_value_heads, spec.head_dim)
-        v = self.v_proj(y_TD).view(T, spec.num_key_value_heads, spec.v_head_dim)
+        k = self.k_proj(y_TD).view(len(y_TD), spec.num_key_value_heads, spec.head_dim)
+        v = self.v_proj(y_TD).view(len(y_TD), spec.num_key_value_heads, spec.v_head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         tables = seq.rotary(spec.rope_theta, spec.rotary_dim)
+        key_tables = tables if kv_seq is None else kv_seq.rotary(spec.rope_theta, spec.rotary_dim)
         if spec.value_scale != 1.0:
             v = v * spec.value_scale
-        return apply_rotary(q, tables), apply_rotary(k, tables), v
+        return apply_rotary(q, tables), apply_rotary(k, key_tables), v
 
     def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         q, k, v = self.project(x_TD, seq)

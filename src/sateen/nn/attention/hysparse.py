@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sateen import ops
 from sateen.nn.attention.base import Attention, LayerCache, LayerLinks, Sequences
 from sateen.nn.attention.full import FullAttention, SlidingAttention
+from sateen.nn.attention.replay import replayed_blocks
 from sateen.nn.rotary import apply_rotary
 from sateen.nn.spec import KVLayout, LayerSpec
 
@@ -29,11 +30,14 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
 
     def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         spec, options = self.spec, self.spec.options
-        if options.get("publishes_input"):
-            links.hidden[spec.index] = x_TD
         source = options.get("input_from")
-        q, k, v = self.project(x_TD, seq, None if source is None else links.hidden[source])
-        cu_seqlens_k = seq.cu_seqlens
+        if options.get("publishes_input"):
+            source = spec.index
+            if links.hidden_seq is None:  # else a trunk that exits early has published all rows already
+                links.hidden[source] = x_TD
+        kv_seq = links.hidden_seq or seq
+        q, k, v = self.project(x_TD, seq, None if source is None else links.hidden[source], kv_seq)
+        cu_seqlens_k = kv_seq.cu_seqlens
         if cache is not None:
             k, v, cu_seqlens_k = cache.extend(k, v)
         if options.get("num_blocks"):
@@ -43,6 +47,11 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
                 forced_window=options.get("forced_window"), cu_seqlens_q=seq.cu_seqlens,
                 cu_seqlens_k=cu_seqlens_k, sink_N=self.attention_sink_bias,
             )  # fmt: skip
+            forced = links.forced_selections.get(spec.index)
+            links.selections[spec.index] = replayed_blocks(links.selections[spec.index], forced)
+            if cache is not None:
+                del links.kv[spec.index]  # readers ask the cache, which may keep less of it
+                links.lists[spec.index] = cache.lend(links.selections[spec.index], seq, options["block_size"])
         else:
             out = ops.attention(  # type: ignore[assignment]
                 q,
@@ -104,12 +113,15 @@ class SparseAttention(Attention, kind="sparse_attention"):
         q_TNH = self.q_proj(x_TD).view(x_TD.shape[0], spec.num_attention_heads, spec.head_dim)
         k, v, cu_seqlens_k = rows = self._rows(x_TD, seq, cache, links)
         rotated_TNH = apply_rotary(q_TNH, seq.rotary(spec.rope_theta, spec.rotary_dim))
+        lists = links.selections[spec.kv_source]
+        if self.k_proj is None:  # the cache may have lent the oracle's rows in another order
+            lists = links.lists.get(spec.kv_source, lists)
         branches: list[Tensor] = [
             ops.block_sparse_attention(  # type: ignore[list-item]
                 rotated_TNH,
                 k,
                 v,
-                links.selections[spec.kv_source],
+                lists,
                 block_size=options["block_size"],
                 cu_seqlens_q=seq.cu_seqlens,
                 cu_seqlens_k=cu_seqlens_k,

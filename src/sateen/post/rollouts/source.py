@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from sateen.data.packing import PackedBatch
 from sateen.data.tasks import Example, Task
 from sateen.engine.engine import LLM
@@ -186,6 +188,7 @@ class RolloutSource:
                     is_correct=is_correct,
                     is_truncated=is_truncated,
                     router_ids=output.router_ids,
+                    selections=output.selections,
                 )
             )
         return rollouts
@@ -214,7 +217,7 @@ class RolloutSource:
             "iteration": self.iteration,
             "valid_share": self.valid_share,
             "sampler": self.sampler.state_dict(),
-            "pending": [[asdict(rollout) for rollout in rollouts] for rollouts in self._pending],
+            "pending": [[_values(rollout) for rollout in rollouts] for rollouts in self._pending],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,9 +227,20 @@ class RolloutSource:
         self._pending = [[_rollout(values) for values in rollouts] for rollouts in state["pending"]]
 
 
+def _values(rollout: Rollout) -> dict[str, Any]:
+    """What `_rollout` reads: a rollout as values that JSON can hold."""
+    values = asdict(rollout)
+    if rollout.selections is not None:
+        values["selections"] = {layer: lists.tolist() for layer, lists in rollout.selections.items()}
+    return values
+
+
 def _rollout(values: dict[str, Any]) -> Rollout:
     """A rollout from JSON, whose keys are all text."""
-    routes = values.get("router_ids")
+    routes, lists = values.get("router_ids"), values.get("selections")
     if routes is not None:
         values = values | {"router_ids": {int(layer): ids for layer, ids in routes.items()}}
+    if lists is not None:
+        found = {int(layer): torch.tensor(ids, dtype=torch.int32) for layer, ids in lists.items()}
+        values = values | {"selections": found}
     return Rollout(**values)
