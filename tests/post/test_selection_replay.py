@@ -111,12 +111,13 @@ def test_replay_gives_the_samplers_logprobs_where_choosing_again_does_not(model,
     batch = pack_rollouts(rollouts, [1.0, -1.0, 0.5])
     has_label = batch.labels >= 0
     sampled = batch.old_logprobs[has_label]
-    choose = hysparse.choose_blocks
+    whole = hysparse.ops.attention_and_blocks
 
-    def rounded(q, k, *args, **options):
-        return choose(q.bfloat16().to(q.dtype), k.bfloat16().to(k.dtype), *args, **options)
+    def rounded(q, k, v, **options):
+        lists = whole(q.bfloat16().to(q.dtype), k.bfloat16().to(k.dtype), v, **options)[1]
+        return whole(q, k, v, **options)[0], lists
 
-    monkeypatch.setattr(hysparse, "choose_blocks", rounded)
+    monkeypatch.setattr(hysparse.ops, "attention_and_blocks", rounded)
     replayed = trainer_logprobs(model, batch, replays=True)[has_label]
     again = trainer_logprobs(model, batch, replays=False)[has_label]
     # Attention and logits are float32 inside; choosing again is some ten thousand times further away.
