@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 
 #ifdef __linux__
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 
@@ -117,6 +118,12 @@ bool advise_huge_pages(const nb::ndarray<unsigned char, nb::ndim<1>, nb::c_conti
 #endif
 }
 
+void release_free_memory() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
 void linear_forward(int format, long rows, long columns, const Bytes& weight, const std::optional<Bytes>& scales,
                     const std::optional<Array1>& bias, const Array2& x, int num_threads, Dense2& out) {
     require(format >= 0 && format <= int(sateen::Format::int4), "an unknown format");
@@ -150,6 +157,7 @@ NB_MODULE(_native, m) {
     m.def("attention_backward", &attention_backward, nb::arg("d_out"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
           nb::arg("cu_q"), nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("out"), nb::arg("lse"), nb::arg("scale"),
           nb::arg("window"), nb::arg("num_threads"), nb::arg("d_q"), nb::arg("d_k"), nb::arg("d_v"), nb::arg("d_sink"));
+    m.def("release_free_memory", &release_free_memory);
     m.def("advise_huge_pages", &advise_huge_pages, nb::arg("memory"));
     m.def("linear_forward", &linear_forward, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("weight"),
           nb::arg("scales").none(), nb::arg("bias").none(), nb::arg("x"), nb::arg("num_threads"), nb::arg("out"));

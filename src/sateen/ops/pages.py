@@ -31,6 +31,8 @@ def move_to_huge_pages(tensors: Iterable[Tensor]) -> None:
     if native_available() or sum(group[0].nbytes for group in groups) < ARENA_BYTES:
         return
     while groups:
+        # What was freed goes back to the system first: weights before they were packed, and the last arena's.
+        native().release_free_memory()
         size, count = 0, 0
         while count < len(groups) and (not count or size + groups[count][0].nbytes <= ARENA_BYTES):
             size += -(-groups[count][0].nbytes // ALIGNMENT) * ALIGNMENT
