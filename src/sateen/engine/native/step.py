@@ -27,7 +27,7 @@ log = logging.getLogger("sateen.engine")
 
 # Most tokens of a step that runs natively. Its products are as fast as torch's whatever their size and little
 # happens between them; beyond, its attention, which takes few queries at a time, costs more than that saves.
-MAX_TOKENS = 128
+MAX_TOKENS = 512
 MODES = ("auto", "native", "torch")
 
 
