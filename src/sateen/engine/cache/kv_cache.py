@@ -94,7 +94,8 @@ class KVCache:
         has_rings: some layer keeps a window of rows.
         dtype: of the rows.
         is_scaled: they are int8 and come with scales.
-        attention: `auto` reads rows as floats, `int8` computes with integers.
+        attention: `auto` reads rows as floats, `int8` computes with integers, `int8-half` only up to the softmax.
+        float_layers: those that read floats whatever `attention` says.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class KVCache:
         self.is_scaled = dtype == torch.int8
         self.device = torch.device(device)
         self.attention = attention
+        self.float_layers: frozenset[int] = frozenset()
         self.pools: dict[tuple[int, str], Pool] = {}
         self.sources: dict[tuple[int, str], int] = {}
         zeros = _Zeros(self.device)
@@ -152,6 +154,11 @@ class KVCache:
         k_scale, v_scale = (torch.zeros(*shape, device=self.device) for _ in range(2))
         mean = torch.zeros(self.num_slots, layout.num_kv_heads, layout.head_dim, device=self.device)
         return Pool(layout, k, v, ring, Scales(k_scale, v_scale, mean))
+
+    @property
+    def reads_codes(self) -> bool:
+        """Integer attention takes the rows as they are stored."""
+        return self.is_scaled and self.attention == "int8"
 
     @property
     def num_free_pages(self) -> int:

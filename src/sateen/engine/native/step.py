@@ -114,6 +114,7 @@ class NativeStep:
             np.concatenate(pages),
             _offsets([len(rows) for rows in pages])[:-1],
             np.asarray([entry.slot for entry in view.entries], dtype=np.int64),
+            np.asarray([entry.mean_rows for entry in view.entries], dtype=np.int64),
             out.numpy(),
             routes,
             torch.get_num_threads(),
