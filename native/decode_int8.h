@@ -102,10 +102,8 @@ struct CodeBlocks {
         base = l.cache.ring_rows && start >= window ? start - window + 1 : 0;
     }
 
-    long end(long begin, long to) const {
-        const long border = base + (begin - base) / kCodeBlock * kCodeBlock + kCodeBlock;
-        return border < to ? border : to;
-    }
+    // Where the block of key `key` begins. All of them do at a whole block, so that only a sequence's last has fewer keys.
+    long begin(long key) const { return base + (key - base) / kCodeBlock * kCodeBlock; }
 
     // Keys [begin, end) of head 0; head h begins h times H, V or one number later.
     RowRun run(long begin, long end) const {
@@ -151,8 +149,7 @@ inline void attend_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTa
         states_of(head).begin([&](long i) { return query_of(p, l, task, head, i); }, task.rows, l.H, kLn2,
                    mean_of(p, l, task.sequence) + head * l.H);
 #ifdef __AVX512VNNI__
-    // Blocks of windows that are kept in pages may begin anywhere, and then not all of their 64 rows can be read.
-    const bool is_direct = fits_direct(l.H, l.V, task.rows) && (l.cache.ring_rows || task.from % kCodeBlock == 0);
+    const bool is_direct = fits_direct(l.H, l.V, task.rows);
     float* const scales = packed;
     code* const spread = reinterpret_cast<code*>(packed + 2 * kCodeBlock);
     if (is_direct)
@@ -162,15 +159,19 @@ inline void attend_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTa
 #endif
     Form form = kCodeForm;
     form.quads = whole(l.H, 4) / 4;
-    for (long begin = task.from, end; begin < task.to; begin = end) {
-        end = blocks.end(begin, task.to);
+    for (long begin = blocks.begin(task.from), end; begin < task.to; begin = end) {
+        end = begin + kCodeBlock < task.to ? begin + kCodeBlock : task.to;
         RowRun run = blocks.run(begin, end);
         Ahead ahead{};
+        const float *next_scales[2]{};
         if (end < task.to && !l.cache.ring_rows) {
             const long next = cache_row(p, l, task.sequence, end) * l.K;
             ahead = {static_cast<const char*>(l.cache.k) + next * l.H, static_cast<const char*>(l.cache.v) + next * l.V, 16 * l.H, 16 * l.V};
+            next_scales[0] = l.cache.scales.k + next, next_scales[1] = l.cache.scales.v + next;
         }
         for (long head = 0; head < l.K; ++head) {
+            for (const float* from : next_scales)
+                if (from) fetch(reinterpret_cast<const char*>(from + head * kCodeBlock), kCodeBlock * sizeof(float));
 #ifdef __AVX512VNNI__
             if (is_direct) {
                 take_scales(run.k_scale - head, head, l.K, end - begin, scales);

@@ -151,7 +151,7 @@ class KVCache:
         v = zeros.take((*shape, layout.v_head_dim), self.dtype)
         if not self.is_scaled:
             return Pool(layout, k, v, ring)
-        k_scale, v_scale = (torch.zeros(*shape, device=self.device) for _ in range(2))
+        k_scale, v_scale = (zeros.take(shape, torch.float32) for _ in range(2))
         mean = torch.zeros(self.num_slots, layout.num_kv_heads, layout.head_dim, device=self.device)
         return Pool(layout, k, v, ring, Scales(k_scale, v_scale, mean))
 
