@@ -396,9 +396,16 @@ def test_the_same_tokens_whatever_the_schedule(name, draft, drafting_model, gree
     assert max(steps) <= MAX_TOKENS
 
 
-# The native step over int8 rows against the torch forward over a cache of its own. Both quantise alike, so codes are
-# equal but for those at a border, which float32 sums in another order decide.
-INT8_NAMES = ["llama, odd sizes", "one head per row", "qwen3", "mistral", "mistral, long window", "mimo_v2_flash"]
+# Int8 rows: the torch forward over a cache of its own quantises alike, so codes are equal but for those at a
+# border, which float32 sums in another order decide.
+INT8_NAMES = [
+    "llama, odd sizes",
+    "one head per row",
+    "qwen3",
+    "mistral",
+    "mistral, long window",
+    "mimo_v2_flash",
+]
 
 
 def int8_pair(name, attention, num_draft=0, **changes):
@@ -432,12 +439,17 @@ def assert_rows_agree(pair):
 @pytest.mark.parametrize("attention", ["auto", "int8"])
 @pytest.mark.parametrize("name", INT8_NAMES)
 def test_one_layer_is_that_of_torch(name, attention, num_draft):
-    """Prompts, decodes, drafts and chunks; page borders; rings that wrap. One layer, so that a code that falls
-    the other way moves nothing but its own product.
+    """Prompts, decodes, drafts and chunks; page borders; rings that wrap. One layer, so that a code that
+    falls the other way moves nothing but its own product.
     """
     few = {"num_hidden_layers": 1}
     if name == "mimo_v2_flash":
-        few |= {"hybrid_layer_pattern": [1], "moe_layer_freq": [0], "swa_head_dim": 24, "num_nextn_predict_layers": 0}
+        few |= {
+            "hybrid_layer_pattern": [1],
+            "moe_layer_freq": [0],
+            "swa_head_dim": 24,
+            "num_nextn_predict_layers": 0,
+        }
     pair = int8_pair(name, attention, num_draft, **few)
     for counts in SCHEDULE:
         want, got = pair.step(counts)
@@ -467,7 +479,7 @@ def test_every_instruction_set(isa, head_dim, monkeypatch):
 
 
 def test_parts_of_the_keys_join():
-    """Several threads share a long sequence; blocks stay the same, so only sums of floats are in another order."""
+    """Several threads share a long sequence; its blocks stay the same, so only floats add up in another order."""
     model = build("mistral, long window", num_hidden_layers=1)
     outputs = []
     for threads in (1, 2, 3):
@@ -493,7 +505,9 @@ def test_greedy_tokens_are_those_of_the_torch_step(
     prompts = make_prompts([90, 33, 5], vocab_size=300)
     settings = {"max_model_len": 160, "attention": attention, "kv_cache_dtype": "int8"}
     for draft in ("none", "mtp"):
-        torch_llm, native_llm = (LLM(model, draft=draft, step=step, **settings) for step in ("torch", "native"))
+        torch_llm, native_llm = (
+            LLM(model, draft=draft, step=step, **settings) for step in ("torch", "native")
+        )
         assert tokens_of(native_llm, prompts, greedy(24)) == tokens_of(torch_llm, prompts, greedy(24))
 
 
@@ -501,12 +515,19 @@ def test_a_layer_that_falls_back_reads_its_codes_as_floats():
     """Between the two modes: one layer differs from all-integer attention, the others from all-float."""
     outputs = {}
     model = build("llama")
-    for name, attention, layers in (("float", "auto", ()), ("int8", "int8", ()), ("one", "int8", (1,)), ("all", "int8", (0, 1, 2))):
+    for name, attention, layers in (
+        ("float", "auto", ()),
+        ("int8", "int8", ()),
+        ("one", "int8", (1,)),
+        ("all", "int8", (0, 1, 2)),
+    ):
         cache = make_cache(model, torch.int8)
         cache.attention, cache.float_layers = attention, frozenset(layers)
         entry = cache.open()
         assert cache.reserve(entry, 70)
-        outputs[name] = NativeStep(model, cache).trunk(list(range(70)), cache.forward([entry], [70]), LayerLinks())
+        outputs[name] = NativeStep(model, cache).trunk(
+            list(range(70)), cache.forward([entry], [70]), LayerLinks()
+        )
     assert outputs["all"].equal(outputs["float"])
     assert not outputs["one"].equal(outputs["int8"])
     assert not outputs["one"].equal(outputs["float"])

@@ -94,7 +94,7 @@ class KVCache:
         has_rings: some layer keeps a window of rows.
         dtype: of the rows.
         is_scaled: they are int8 and come with scales.
-        attention: `auto` reads rows as floats, `int8` computes with integers, `int8-half` only up to the softmax.
+        attention: `auto` reads rows as floats, `int8` computes with integers, `int8-half` up to the softmax.
         float_layers: those that read floats whatever `attention` says.
     """
 

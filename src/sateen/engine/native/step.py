@@ -72,10 +72,12 @@ class NativeStep:
         built = PlanBuilder(self.model, self.cache)
         self._plan, self._tensors, self._routed = built.plan, built.tensors, built.routed
         self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._float_layers = self.cache.float_layers
         self._dtype = self.model.model.embed_tokens.weight.dtype
 
     def _current(self) -> Any:
-        if [tensor.data_ptr() for tensor in self._tensors] != self._places:
+        moved = [tensor.data_ptr() for tensor in self._tensors] != self._places
+        if moved or self._float_layers != self.cache.float_layers:
             self._build()
         return self._plan
 
