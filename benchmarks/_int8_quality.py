@@ -1,4 +1,4 @@
-"""The quality part of `int8_attention.py`: what a model loses on held-out text with integers in its attention."""
+"""The quality part of `int8_attention.py`: what held-out text costs with integers in the attention."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def read(
     float_layers: frozenset[int],
     num_steps: int,
 ) -> Read:
-    """One text through a cache: in one piece, but for the last `num_steps` tokens, which run natively one by one."""
+    """One text through a cache: in one piece, but for the last `num_steps` tokens, natively one by one."""
     cache = make_cache(model, form)
     cache.float_layers = float_layers
     entry = cache.open()
@@ -87,7 +87,7 @@ def read(
 
 @torch.inference_mode()
 def quality(path: Path | None) -> list[dict[str, Any]]:
-    """Rows of perplexity, its rise, and how often the likeliest token is the float model's; none without a model."""
+    """Perplexity, its rise, and how often the likeliest token is the float model's; none without a model."""
     if path is None:
         return []
     model = load_model(path, dtype="float32").eval()
@@ -126,7 +126,8 @@ def compare(
             else f"{CONTEXT} tokens in one piece"
         )
         row: dict[str, Any] = {
-            "form": name, "how": how, "texts": len(texts), "perplexity": round(math.exp(float(losses.mean())), 4),
+            "form": name, "how": how, "texts": len(texts),
+            "perplexity": round(math.exp(float(losses.mean())), 4),
             "rise_percent": round(rise, 4), "standard_error_percent": round(error, 4),
             "same_greedy_percent": round(100 * float(agreed.double().mean()), 2),
         }  # fmt: skip

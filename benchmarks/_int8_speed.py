@@ -192,7 +192,7 @@ def decode(contexts: list[int], pairs: int) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def whole_steps(path: Path | None, contexts: list[int], pairs: int) -> list[dict[str, Any]]:
-    """Rows of a whole decode step of a model in bfloat16, over int8 and over bfloat16 rows; none without a model."""
+    """Whole steps of a model in bfloat16, over int8 and over bfloat16 rows; none without a model."""
     if path is None:
         return []
     model = load_model(path, dtype="bfloat16").eval()

@@ -157,6 +157,7 @@ inline void attend_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTa
             for (long i = 0; i < task.rows; ++i)
                 spread_codes(states_of(head).codes + i * states_of(head).stride, l.H, spread + (head * task.rows + i) * l.H * 4);
 #endif
+    BlockScratch& scratch = *reinterpret_cast<BlockScratch*>(memory);
     Form form = kCodeForm;
     form.quads = whole(l.H, 4) / 4;
     for (long begin = blocks.begin(task.from), end; begin < task.to; begin = end) {
@@ -176,15 +177,14 @@ inline void attend_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTa
             if (is_direct) {
                 take_scales(run.k_scale - head, head, l.K, end - begin, scales);
                 take_scales(run.v_scale - head, head, l.K, end - begin, scales + kCodeBlock);
-                fold_direct(tile, states_of(head), spread + head * task.rows * l.H * 4, run, scales, scales + kCodeBlock, l.H, begin, ahead,
-                            *reinterpret_cast<BlockScratch*>(memory));
+                fold_direct(tile, states_of(head), spread + head * task.rows * l.H * 4, run, scales, scales + kCodeBlock, l.H,
+                            begin, ahead, scratch);
             } else
 #endif
             {
-            PackedRows rows(packed, l.H, l.V, kCodeBlock);
-            rows.add(run, ahead);
-            fold_block(form, tile, states_of(head), rows.close(begin),
-                       *reinterpret_cast<BlockScratch*>(memory));
+                PackedRows rows(packed, l.H, l.V, kCodeBlock);
+                rows.add(run, ahead);
+                fold_block(form, tile, states_of(head), rows.close(begin), scratch);
             }
             run.k += l.H, run.v += l.V, ++run.k_scale, ++run.v_scale;
             // Each head asks for its part of the next block, which lies in one piece.

@@ -36,7 +36,9 @@ def test_the_error_of_the_first_layer_is_that_of_its_attention(mimo):
         scores = torch.einsum("tnh,snh->nts", q, k8) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(torch.ones(len(ids), len(ids)).triu(1).bool(), -torch.inf)
         want = torch.einsum("nts,snv->tnv", scores.softmax(-1), v8)
-        got = ops.int8_attention(q.float(), k.float(), v.float(), cu_seqlens_q=seq.cu_seqlens)
+        offsets = {"cu_seqlens_q": seq.cu_seqlens, "cu_seqlens_k": seq.cu_seqlens}
+        rows = ops.quantize_rows(k.float(), v.float(), seq.cu_seqlens)
+        got = ops.int8_rows_attention(q.float(), rows, **offsets)
     found = engine(mimo, dtype="auto").stats()["int8_attention"]
     assert found["probe_tokens"] == len(ids)
     errors = found["errors"]

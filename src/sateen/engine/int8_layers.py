@@ -23,8 +23,8 @@ log = logging.getLogger("sateen.engine")
 
 PROBE_TOKENS = 512  # of the text that errors are measured on (source: ours)
 BUDGET = 0.05  # relative L2 error of a layer's attention (source: ours)
-PROBE_TEXT = """The harbour lies on the west side of the island, behind a long wall of grey stone. In the morning the
-boats come back with herring and crab, and the people of the town wait for them with baskets and carts.
+PROBE_TEXT = """The harbour lies on the west side of the island, behind a wall of grey stone. In the morning
+the boats come back with herring and crab, and the people of the town wait for them with baskets and carts.
 "How much for the two large ones?" asks a woman in a red coat. "Four coins, or three if you take the
 small one too." She thinks about it, counts what is in her purse (there are 17 coins, mostly copper) and
 takes all three.
@@ -146,16 +146,17 @@ class ProbeLayer:
         want = cast(Tensor, ops.attention(q_TNH, k_TKH, v_TKV, **options))
         cache = self._probe.cache
         k, v = k_TKH, v_TKV
+        rows = ops.quantize_rows(k, v, cu_seqlens_q)
         if cache.is_scaled:
             mean = k_TKH[:MEAN_ROWS].float().mean(0)
             (k8, k_scale), (v8, v_scale) = ops.quantize_int8(k_TKH.float() - mean), ops.quantize_int8(v_TKV)
             rows = ops.Int8Rows(k8, k_scale.squeeze(-1), v8, v_scale.squeeze(-1), mean[None])
             k, v = rows.floats(cu_seqlens_q, k_TKH.dtype)
-        if cache.reads_codes:
-            got: Any = ops.int8_rows_attention(q_TNH, rows, **options)
+        got: Any
+        if cache.attention == "int8-half":
+            got = ops.int8_attention(q_TNH, k, v, pv="float", **options)
         else:
-            pv = "float" if cache.attention == "int8-half" else "int8"
-            got = ops.int8_attention(q_TNH, k, v, pv=pv, **options)
+            got = ops.int8_rows_attention(q_TNH, rows, **options)
         gap = (got.float() - want.float()).norm() / want.float().norm()
         self._probe.errors[self._index] = round(float(gap), 5)
         return want

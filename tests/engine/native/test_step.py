@@ -479,7 +479,7 @@ def test_every_instruction_set(isa, head_dim, monkeypatch):
 
 
 def test_parts_of_the_keys_join():
-    """Several threads share a long sequence; its blocks stay the same, so only floats add up in another order."""
+    """Several threads share a long sequence; blocks stay, so only floats add up in another order."""
     model = build("mistral, long window", num_hidden_layers=1)
     outputs = []
     for threads in (1, 2, 3):

@@ -91,10 +91,15 @@ class ForwardCache:
             out = ops.int8_rows_attention(q_TNH, codes, cu_seqlens_k=rows.cu_seqlens_k, **options)
         else:
             k, v, cu_seqlens_k = self._floats(index, name, k_TKH, v_TKV)
-            if not is_float:
-                options["pv"] = "float" if self.cache.attention == "int8-half" else "int8"
-            attention = ops.attention if is_float else ops.int8_attention
-            out = attention(q_TNH, k, v, cu_seqlens_k=cu_seqlens_k, **options)
+            options["cu_seqlens_k"] = cu_seqlens_k
+            if is_float:
+                out = ops.attention(q_TNH, k, v, **options)
+            elif self.cache.attention == "int8-half":
+                out = ops.int8_attention(q_TNH, k, v, pv="float", **options)
+            else:
+                # Values with a scale per token, as in int8 rows: with a scale per channel the first token's
+                # small values, which most queries attend to, would get few codes.
+                out = ops.int8_rows_attention(q_TNH, ops.quantize_rows(k, v, cu_seqlens_k), **options)
         return cast(Tensor, out)
 
     def _floats(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
