@@ -10,15 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from _pairs import interleave, line, ratios, row
-from sateen.engine.native_step import NativeStep
 from torch.nn import functional as F
 
 from sateen import ops
-from sateen.engine.cache import KVCache
+from sateen.checkpoint.hf import load_model
+from sateen.engine.cache.kv_cache import KVCache
+from sateen.engine.native.step import NativeStep
 from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import LayerLinks
@@ -85,24 +87,22 @@ def prefill(tokens: list[int], channels: list[int], pairs: int) -> list[dict[str
     return rows
 
 
-def bfloat16_step(N: int, K: int, H: int, context: int) -> Callable[[], object]:
-    """A native decode step of one layer whose matrices are far smaller than its cache: attention."""
-    config = ModelConfig.from_hf(
-        {
-            "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
-            "num_hidden_layers": 1, "num_attention_heads": N, "num_key_value_heads": K, "head_dim": H,
-            "max_position_embeddings": 1 << 17, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
-            "hidden_act": "silu", "tie_word_embeddings": True,
-        }
-    )  # fmt: skip
-    model = Decoder(config).to(torch.bfloat16).eval()
+def cached_step(model: Decoder, context: int, dtype: torch.dtype) -> Callable[[], object]:
+    """A native decode step of one token behind `context` random rows; int8 rows meet integer attention."""
+    layouts = model.config.kv_layouts()[: model.config.num_hidden_layers]
     cache = KVCache(
-        config.kv_layouts()[:1], num_trunk_layers=1, num_slots=1, max_model_len=context + 1,
-        num_pages=context // 64 + 1, dtype=torch.bfloat16,
+        layouts, num_trunk_layers=len(layouts), num_slots=1, max_model_len=context + 1,
+        num_pages=context // 64 + 1, dtype=dtype, attention="int8" if dtype == torch.int8 else "auto",
     )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
     for pool in cache.pools.values():
-        pool.k_RKH.normal_()
-        pool.v_RKV.normal_()
+        for rows in (pool.k_RKH, pool.v_RKV):
+            if dtype == torch.int8:
+                rows.random_(-127, 128, generator=generator)
+            else:
+                rows.normal_(generator=generator)
+        for scale in pool.scales[:2] if pool.scales is not None else ():
+            scale.fill_(1 / 73)
     entry = cache.open()
     assert cache.reserve(entry, context + 1)
     step = NativeStep(model, cache)
@@ -112,6 +112,19 @@ def bfloat16_step(N: int, K: int, H: int, context: int) -> Callable[[], object]:
         return step.trunk([1], cache.forward([entry], [1]), LayerLinks())
 
     return run
+
+
+def one_layer(N: int, K: int, H: int) -> Decoder:
+    """A model of one layer whose matrices are far smaller than its cache: its step is attention."""
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
+            "num_hidden_layers": 1, "num_attention_heads": N, "num_key_value_heads": K, "head_dim": H,
+            "max_position_embeddings": 1 << 17, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+            "hidden_act": "silu", "tie_word_embeddings": True,
+        }
+    )  # fmt: skip
+    return Decoder(config).to(torch.bfloat16).eval()
 
 
 def int8_step(N: int, K: int, H: int, context: int) -> Callable[[], object]:
@@ -142,25 +155,31 @@ def decode(contexts: list[int], pairs: int) -> list[dict[str, Any]]:
         for context in contexts:
             sides = {
                 "int8 rows": int8_step(N, K, H, context),
-                "native step, bfloat16 rows": bfloat16_step(N, K, H, context),
+                "native step, int8 rows": cached_step(one_layer(N, K, H), context, torch.int8),
+                "native step, bfloat16 rows": cached_step(one_layer(N, K, H), context, torch.bfloat16),
                 "sdpa bfloat16": sdpa_step(N, K, H, context),
                 "memory": memory.sum,
             }
             times = interleave({name: seconds(run) for name, run in sides.items()}, pairs, warmup=2)
-            size = {"int8 rows": context * K * (2 * H + 8), "memory": READ_BYTES}
+            size = dict.fromkeys(("int8 rows", "native step, int8 rows"), context * K * (2 * H + 8))
+            size["memory"] = READ_BYTES
             rates: dict[str, list[float]] = {
                 name: [size.get(name, context * K * 4 * H) / ms / 1e6 for ms in found]
                 for name, found in times.items()
             }
             middle = {name: sorted(rate)[len(rate) // 2] for name, rate in rates.items()}
-            for peer in ("native step, bfloat16 rows", "sdpa bfloat16"):
+            for ours, peer, bar in (
+                ("native step, int8 rows", "native step, bfloat16 rows", DECODE_BAR),
+                ("native step, int8 rows", "int8 rows", None),
+                ("int8 rows", "sdpa bfloat16", None),
+            ):
                 rows.append(
                     show(
                         row(
                             f"one token after {context}, {N} query and {K} key/value heads of {H}",
-                            ("int8 rows", times["int8 rows"]), (peer, times[peer]), unit="ms", bar=DECODE_BAR,
-                            ratio=ratios(times[peer], times["int8 rows"]),
-                            gb_per_s={name: round(middle[name], 2) for name in ("int8 rows", peer, "memory")},
+                            (ours, times[ours]), (peer, times[peer]), unit="ms", bar=bar,
+                            ratio=ratios(times[peer], times[ours]),
+                            gb_per_s={name: round(middle[name], 2) for name in (ours, peer, "memory")},
                         )
                     )
                 )  # fmt: skip
@@ -168,4 +187,23 @@ def decode(contexts: list[int], pairs: int) -> list[dict[str, Any]]:
                 name: f"{middle[name]:.1f} GB/s, {middle[name] / middle['memory']:.0%}" for name in middle
             }
             print(f"    {share}", file=sys.stderr, flush=True)
+    return rows
+
+
+@torch.inference_mode()
+def whole_steps(path: Path | None, contexts: list[int], pairs: int) -> list[dict[str, Any]]:
+    """Whole steps of a model in bfloat16, over int8 and over bfloat16 rows; none without a model."""
+    if path is None:
+        return []
+    model = load_model(path, dtype="bfloat16").eval()
+    rows = []
+    for context in contexts:
+        sides = {
+            f"{words} rows": cached_step(model, context, dtype)
+            for words, dtype in (("int8", torch.int8), ("bfloat16", torch.bfloat16))
+        }
+        times = interleave({name: seconds(run) for name, run in sides.items()}, pairs, warmup=2)
+        ratio = ratios(times["bfloat16 rows"], times["int8 rows"])
+        ours, peer = (("int8 rows", times["int8 rows"]), ("bfloat16 rows", times["bfloat16 rows"]))
+        rows.append(show(row(f"a step of {path.name} after {context}", ours, peer, unit="ms", ratio=ratio)))
     return rows

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import _int8_quality
 import _int8_speed
 import torch
 from _int8_inputs import CAPTURED_LAYERS, CHANNELS, HEADS, INPUTS, QKV, TOKENS, captured
@@ -31,6 +32,7 @@ from sateen.ops.native import native
 from sateen.receipt.machine import hardware, versions
 
 TESTS = [ROOT / "tests" / "ops" / f"test_int8_attention{part}.py" for part in ("", "_native")]
+TESTS += [ROOT / "tests" / "engine" / "native" / "test_step.py"]
 # INT-FlashAttention's abstract and section 4: how much smaller its mean relative error is than its baseline's
 SMALLER = {"uniform": 0.82, "normal": 0.46}
 
@@ -215,7 +217,12 @@ def main() -> int:
         "versions": versions(),
         "revision": revision(),
         "is_dirty": is_dirty(
-            "native", "src/sateen/ops", "benchmarks/int8_attention.py", "benchmarks/_int8_speed.py"
+            "native",
+            "src/sateen/ops",
+            "src/sateen/engine",
+            "benchmarks/_int8_quality.py",
+            "benchmarks/int8_attention.py",
+            "benchmarks/_int8_speed.py",
         ),
         "heads": HEADS,
         "head_dim": CHANNELS,
@@ -225,6 +232,8 @@ def main() -> int:
         "limits": error_limits(results),
         "prefill": _int8_speed.prefill(options.tokens, options.channels, options.pairs),
         "decode": _int8_speed.decode(options.context, options.pairs),
+        "whole_steps": _int8_speed.whole_steps(options.model, options.context, options.pairs),
+        "quality": _int8_quality.quality(options.model),
     }
     publish(document, options.out or result_file("int8-attention"))
     return 0

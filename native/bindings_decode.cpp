@@ -36,6 +36,7 @@ Format float_format(const Any& x) {
 struct BoundPlan {
     DecodePlan plan;
     std::vector<Any> kept;
+    std::vector<Floats> kept_floats;
     std::vector<const float*> vectors;
     std::vector<Linear> linears;
     int num_heads = 0;
@@ -59,6 +60,15 @@ struct BoundPlan {
         if (scales) kept.push_back(*scales);
         linears.push_back(linear);
         return int(linears.size()) - 1;
+    }
+
+    // What int8 rows have besides their codes.
+    CacheScales scales(const nb::dict& of, long rows, long K, long H) {
+        const auto k = nb::cast<Floats>(of["k_scale"]), v = nb::cast<Floats>(of["v_scale"]), mean = nb::cast<Floats>(of["k_mean"]);
+        require(long(k.size()) == rows * K && long(v.size()) == rows * K && mean.size() % size_t(K * H) == 0,
+                "int8 rows have a scale per head and a key mean per sequence");
+        for (const Floats& x : {k, v, mean}) kept_floats.push_back(x);
+        return {k.data(), v.data(), mean.data(), bool(nb::cast<int>(of["integers"]))};
     }
 
     const float* at(int vector) const { return vector < 0 ? nullptr : vectors.at(size_t(vector)); }
@@ -93,8 +103,11 @@ struct BoundPlan {
         require(prepared_like(l.q.format) == prepared_like(l.k.format) && prepared_like(l.q.format) == prepared_like(l.v.format) &&
                     prepared_like(l.gate.format) == prepared_like(l.up.format),
                 "matrices with one input have one format");
-        l.cache = {k.data(), v.data(), float_format(k), number("ring_rows")};
-        require(float_format(v) == l.cache.format, "keys and values have one format");
+        require(k.dtype() == v.dtype(), "keys and values have one format");
+        const bool is_scaled = of.contains("k_scale");
+        if (is_scaled) require(k.dtype() == nb::dtype<signed char>(), "rows with scales are int8");
+        l.cache = {k.data(), v.data(), is_scaled ? Format::int8 : float_format(k), number("ring_rows"), {}};
+        if (is_scaled) l.cache.scales = scales(of, long(k.shape(0)), l.K, l.H);
         l.value_scale = nb::cast<float>(of["value_scale"]), l.angles = number("angles");
         kept.push_back(k), kept.push_back(v);
         if (!of.contains("join")) return plan.add(l, number("window"));
@@ -112,15 +125,15 @@ struct BoundPlan {
     }
 
     void step(int head, const std::optional<Floats>& hidden, const Numbers& ids, const Numbers& first_token, const Numbers& start, const Numbers& page_rows,
-              const Numbers& first_page, const Numbers& slot, const Floats& x, const Ints& routes, int num_threads) {
+              const Numbers& first_page, const Numbers& slot, const Numbers& mean_rows, const Floats& x, const Ints& routes, int num_threads) {
         const long B = long(start.size());
-        require(long(first_token.size()) == B + 1 && long(first_page.size()) == B && long(slot.size()) == B, "one number per sequence");
+        require(long(first_token.size()) == B + 1 && long(first_page.size()) == B && long(slot.size()) == B && long(mean_rows.size()) == B, "one number per sequence");
         const long T = first_token.data()[B];
         require(x.ndim() == 2 && long(x.shape(0)) == T && long(x.shape(1)) == plan.D, "x is [T, D]");
         require(long(ids.size()) == T, "one id per token");
         require(head < num_heads && (head < 0) == !hidden && (!hidden || hidden->size() == x.size()), "a head reads hidden states [T, D]");
         require(head >= 0 || long(routes.size()) == T * plan.routes_per_token(), "routes have the experts of every token and layer");
-        const Batch batch{T, B, ids.data(), first_token.data(), start.data(), page_rows.data(), first_page.data(), slot.data()};
+        const Batch batch{T, B, ids.data(), first_token.data(), start.data(), page_rows.data(), first_page.data(), slot.data(), mean_rows.data()};
         nb::gil_scoped_release release;
         plan.step(batch, head, hidden ? hidden->data() : nullptr, x.data(), routes.data(), num_threads);
     }
@@ -145,7 +158,7 @@ void bind_decode(nb::module_& m) {
         .def("layer", &BoundPlan::layer)
         .def("ends", &BoundPlan::ends)
         .def("step", &BoundPlan::step, nb::arg("head"), nb::arg("hidden").none(), nb::arg("ids"), nb::arg("first_token"), nb::arg("start"), nb::arg("page_rows"),
-             nb::arg("first_page"), nb::arg("slot"), nb::arg("x"), nb::arg("routes"), nb::arg("num_threads"))
+             nb::arg("first_page"), nb::arg("slot"), nb::arg("mean_rows"), nb::arg("x"), nb::arg("routes"), nb::arg("num_threads"))
         .def_prop_ro("routes_per_token", [](const BoundPlan& p) { return p.plan.routes_per_token(); })
         .def("logits", &BoundPlan::logits, nb::arg("x"), nb::arg("out"), nb::arg("is_normed"), nb::arg("num_threads"));
 }

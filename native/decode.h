@@ -17,11 +17,19 @@ struct Meeting {
     int round;
 };
 
+// What int8 rows have besides their codes; see src/sateen/engine/cache/kv_cache.py.
+struct CacheScales {
+    float *k, *v;    // [rows, K]; null for rows of floats
+    float* k_mean;   // [slots, K, H], what was taken off the keys of each sequence
+    bool integers;   // attention with integer products; otherwise over the floats that the codes stand for
+};
+
 // The rows of one layer's cache: [rows, K, H] keys and [rows, K, V] values.
 struct CacheRows {
     void *k, *v;
-    Format format;   // f32, bf16 or f16
+    Format format;   // f32, bf16 or f16, or int8 with scales
     long ring_rows;  // rows of a sequence's ring; 0 for pages
+    CacheScales scales;
 };
 
 // A mixture of experts; `gate`, `up` and `down` of the layer are then those of expert 0, the others follow in memory.
@@ -85,6 +93,7 @@ constexpr long kSpanRows = 32;  // rows that share each block of keys
 // Scratch of a step, sized by decode_plan.cpp. Channels of qr, kr and vr are padded to whole vectors of 16.
 struct DecodeScratch {
     float *normed, *q, *k, *v, *qr, *kr, *vr, *states, *attended, *gate, *up, *y, *joined;
+    float* own_rows;                    // of layers with int8 rows: see decode_int8.h
     float *scores, *shares, *expert_y;  // of mixtures: [T, E], [T, A], [T A, D]
     int *slots, *groups;                // of mixtures: see decode_moe.h
     void* prepared;
@@ -104,6 +113,7 @@ struct DecodeStep : DecodeScratch {
     const long* page_rows;    // first row of every page, sequence after sequence
     const long* first_page;   // [B]
     const long* slot;         // [B] which ring
+    const long* mean_rows;    // [B] first rows, at most, whose mean int8 keys are stored without
     const long* sequence;     // [T]
     const long* ids;          // [T]
     Linear embedding;

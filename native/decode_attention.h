@@ -8,39 +8,20 @@
 #include "attention_decode.h"
 #include "decode.h"
 #include "decode_attention_bf16.h"
-#include "numbers.h"
+#include "decode_int8.h"
+#include "decode_rows.h"
 
 namespace sateen::SATEEN_ISA {
 namespace {
 
-constexpr long kPad = 16;
 constexpr long kBlock = 32;  // keys whose rows are looked at together, so few that the floats stay in the first cache
-
-inline long padded(long channels) { return round_up(channels, kPad); }
-
-// What the online softmax of one task and key/value head carries.
-struct SpanState {
-    float *top, *sum, *out;  // [rows], [rows], [rows, padded V]
-
-    SpanState(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task, long head) {
-        const Span& span = p.spans[l.span];
-        top = p.states + (head * span.state_rows + task.state) * (padded(l.V) + 2);
-        sum = top + task.rows;
-        out = sum + task.rows;
-    }
-};
-
-long cache_row(const DecodeStep& p, const DecodeLayer& l, long b, long position) {
-    const long ring = l.cache.ring_rows;
-    if (ring) return p.slot[b] * ring + position % ring;
-    return p.page_rows[p.first_page[b] + position / p.page] + position % p.page;
-}
 
 // Keys [begin, end) of one sequence whose rows lie one after another: in the cache, or new and padded.
 struct Run {
     long end;
     bool is_new;
     const void *k, *v;
+    long row = 0;  // in the cache, times K
 
     Run(const DecodeStep& p, const DecodeLayer& l, long b, long begin, long to) {
         const long start = p.start[b], size = l.cache.ring_rows ? l.cache.ring_rows : p.page;
@@ -52,7 +33,7 @@ struct Run {
             const long t = p.first_token[b] + begin - start;
             k = p.kr + t * l.K * padded(l.H), v = p.vr + t * l.K * padded(l.V);
         } else {
-            const long row = cache_row(p, l, b, begin) * l.K;
+            row = cache_row(p, l, b, begin) * l.K;
             k = offset(l.cache.k, l.cache.format, row * l.H), v = offset(l.cache.v, l.cache.format, row * l.V);
         }
     }
@@ -84,16 +65,21 @@ struct FloatRows {
     float *values = keys + kBlock * l.K * H, *scores = values + kBlock * l.K * V;
     const float *k = nullptr, *v = nullptr;
 
-    void take(const Run& run, long count) { k = run.floats(run.k, l, l.H, count, keys), v = run.floats(run.v, l, l.V, count, values); }
+    void take(const Run& run, long count) {
+        const CacheScales& scales = l.cache.scales;
+        if (scales.k && !run.is_new) {
+            widen_codes(static_cast<const code*>(run.k), scales.k + run.row, mean_of(p, l, task.sequence), count, l.K, l.H, keys);
+            widen_codes(static_cast<const code*>(run.v), scales.v + run.row, nullptr, count, l.K, l.V, values);
+            k = keys, v = values;
+            return;
+        }
+        k = run.floats(run.k, l, l.H, count, keys), v = run.floats(run.v, l, l.V, count, values);
+    }
 
     void fold(long head, const Tile& tile, long begin, long end, const SpanState& state) {
         AttentionShape shape{};
         shape.H = H, shape.V = V, shape.k = {k + head * H, l.K * H, 0}, shape.v = {v + head * V, l.K * V, 0};
-        const long group = l.N / l.K, q0 = p.first_token[task.sequence];
-        const auto query = [&](long i) {
-            const long row = task.first + i;
-            return p.qr + ((q0 + row / group) * l.N + head * group + row % group) * H;
-        };
+        const auto query = [&](long i) { return query_of(p, l, task, head, i); };
         fold_few_rows(shape, tile, query, -begin, 0, begin, end, scores, state.top, state.sum, state.out);
     }
 };
@@ -139,15 +125,8 @@ struct Bf16Rows {
 
 template <typename Rows>
 void attend_rows(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task, Rows& rows) {
-    const Span& span = p.spans[l.span];
-    const long b = task.sequence, V = padded(l.V), group = span.group;
-    Tile tile;
-    tile.first = 0, tile.last = task.rows;
-    for (long i = 0; i < task.rows; ++i) {
-        const long position = p.start[b] + (task.first + i) / group;
-        tile.newest[i] = int(position);
-        tile.oldest[i] = span.window && position >= span.window ? int(position - span.window + 1) : 0;
-    }
+    const long b = task.sequence, V = padded(l.V);
+    const Tile tile = tile_of(p, l, task);
     for (long head = 0; head < l.K; ++head) {
         const SpanState state(p, l, task, head);
         for (long i = 0; i < task.rows; ++i) state.top[i] = -kInf, state.sum[i] = 0.0f;
@@ -169,6 +148,7 @@ void attend_rows(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task
 }
 
 void attend_span(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
+    if (l.cache.scales.integers) return attend_codes(p, l, task);
 #ifdef __AVX512BF16__
     if (fits_bf16(l)) {
         Bf16Rows rows(p, l, task);
@@ -208,6 +188,7 @@ void keep_row(const DecodeStep& p, const DecodeLayer& l, long t) {
     const long b = p.sequence[t], ring = l.cache.ring_rows;
     if (ring && t + ring < p.first_token[b + 1]) return;
     const long row = cache_row(p, l, b, p.start[b] + t - p.first_token[b]);
+    if (l.cache.scales.k) return ring ? write_codes_row(p, l, t, row) : void();  // those of pages are there already
     for (long head = 0; head < l.K; ++head) {
         const long at = row * l.K + head, from = t * l.K + head;
         narrow(l.cache.format, p.kr + from * padded(l.H), l.H, offset(l.cache.k, l.cache.format, at * l.H));

@@ -79,6 +79,7 @@ Span DecodePlan::divide(Kind& kind, const Batch& batch, int num_threads) const {
         const long most = std::max(kLeastKeys, keys / (kPartsPerThread * num_threads));
         for (long b = 0; b < batch.B; ++b) {
             const long rows = (batch.first_token[b + 1] - batch.first_token[b]) * kind.group;
+            const long base = kind.window && batch.start[b] >= kind.window ? batch.start[b] - kind.window + 1 : 0;
             if (pass) kind.first_tile.push_back(long(kind.tiles.size()));
             for (long first = 0; first < rows; first += kSpanRows) {
                 const long used = std::min(kSpanRows, rows - first);
@@ -88,10 +89,10 @@ Span DecodePlan::divide(Kind& kind, const Batch& batch, int num_threads) const {
                 const long parts = num_threads > 1 ? (high - low + most - 1) / most : 1;
                 const SpanTile tile{long(kind.tasks.size()), parts};
                 for (long i = 0; i < parts; ++i) {
-                    // Cut at whole blocks of the cache.
+                    // Cut at whole blocks of the cache, which in rings begin at the oldest row that is seen.
                     const auto cut = [&](long part) {
                         const long at = low + (high - low) * part / parts;
-                        return part == 0 ? low : part == parts ? high : std::clamp(at / page_ * page_, low, high);
+                        return part == 0 ? low : part == parts ? high : std::clamp(base + (at - base) / page_ * page_, low, high);
                     };
                     kind.tasks.push_back({b, first, used, cut(i), cut(i + 1), states});
                     states += used;
@@ -121,13 +122,14 @@ void DecodePlan::step(const Batch& batch, int head, const float* hidden, float* 
     const long num_layers = head < 0 ? num_trunk : 1;
     std::vector<Span> spans;
     for (Kind& kind : kinds_) spans.push_back(divide(kind, batch, num_threads));
-    long N_H = 0, K_H = 0, N_V = 0, K_V = 0, padded_N = 0, padded_K = 0, padded_V = 0, F = 0, E = 0, A = 0, states = 0;
+    long N_H = 0, K_H = 0, N_V = 0, K_V = 0, padded_N = 0, padded_K = 0, padded_V = 0, F = 0, E = 0, A = 0, states = 0, own = 0;
     for (const DecodeLayer* l = layers; l < layers + num_layers; ++l) {
         const long H = round_up(l->H, kAlign), V = round_up(l->V, kAlign);
         N_H = std::max(N_H, l->N * l->H), K_H = std::max(K_H, l->K * l->H);
         padded_N = std::max(padded_N, l->N * H), padded_K = std::max(padded_K, l->K * H);
         N_V = std::max(N_V, l->N * l->V), K_V = std::max(K_V, l->K * l->V), padded_V = std::max(padded_V, l->K * V);
         E = std::max(E, l->experts.E), A = std::max(A, l->experts.A), F = std::max(F, l->F * std::max(1L, l->experts.A));
+        if (l->cache.scales.k) own = std::max(own, T * l->K * (2 + (H + V) / 4));
         states = std::max(states, spans[l->span].state_rows * l->K * (V + 2));
     }
     long trig = 0;
@@ -136,7 +138,7 @@ void DecodePlan::step(const Batch& batch, int head, const float* hidden, float* 
     DecodeStep p{};
     const std::pair<float**, long> parts[] = {
         {&p.normed, T * D}, {&p.q, T * N_H}, {&p.k, T * K_H}, {&p.v, T * K_V}, {&p.qr, T * padded_N},
-        {&p.kr, T * padded_K}, {&p.vr, T * padded_V}, {&p.states, states}, {&p.attended, T * N_V},
+        {&p.kr, T * padded_K}, {&p.vr, T * padded_V}, {&p.states, states}, {&p.own_rows, own}, {&p.attended, T * N_V},
         {&p.gate, T * F}, {&p.up, T * F}, {&p.y, T * D}, {&p.joined, head < 0 ? 0 : 2 * T * D},
         {&p.scores, T * E}, {&p.shares, T * A}, {&p.expert_y, T * A * D}};
     long total = trig;
@@ -160,7 +162,7 @@ void DecodePlan::step(const Batch& batch, int head, const float* hidden, float* 
     p.angles = angles_.data(), p.num_angles = long(angles_.size());
     p.spans = spans.data();
     p.first_token = batch.first_token, p.start = batch.start, p.page_rows = batch.page_rows;
-    p.first_page = batch.first_page, p.slot = batch.slot, p.sequence = sequence.data(), p.ids = batch.ids;
+    p.first_page = batch.first_page, p.slot = batch.slot, p.mean_rows = batch.mean_rows, p.sequence = sequence.data(), p.ids = batch.ids;
     p.embedding = embedding, p.x = x, p.num_threads = num_threads;
     SATEEN_DISPATCH(decode_step, p);
 }

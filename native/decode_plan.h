@@ -13,7 +13,7 @@ namespace sateen {
 // Where the tokens of one step stand; pointers as in DecodeStep.
 struct Batch {
     long T, B;
-    const long *ids, *first_token, *start, *page_rows, *first_page, *slot;
+    const long *ids, *first_token, *start, *page_rows, *first_page, *slot, *mean_rows;
 };
 
 class DecodePlan {

@@ -59,6 +59,10 @@ void place_heads(const DecodeStep& p, const DecodeLayer& l, long t) {
 void attention(const DecodeStep& p, const DecodeLayer& l, Team& team) {
     multiply_all<3>(team, p.prepared, p.T, {{&l.q, p.q}, {&l.k, p.k}, {&l.v, p.v}});
     team.share(p.T, [&](long t) { place_heads(p, l, t); });
+    if (l.cache.scales.k) {
+        team.share(p.B, [&](long b) { take_mean(p, l, b); });
+        team.share(p.T, [&](long t) { quantise_row(p, l, t); });
+    }
     const Span& span = p.spans[l.span];
     team.share(span.num_tasks, [&](long i) { attend_span(p, l, span.tasks[i]); });
     team.share(p.T, [&](long t) {

@@ -18,28 +18,28 @@ typedef signed char code;
 typedef unsigned char byte;
 
 // Four consecutive codes of P, for every lane.
-struct Shares {
+struct FourShares {
 #ifdef __AVX512VNNI__
     vint all;
-    explicit SATEEN_INLINE Shares(const byte* at) {
+    explicit SATEEN_INLINE FourShares(const byte* at) {
         int four;
         __builtin_memcpy(&four, at, 4);
         all = splat_int(four);
     }
 #elif defined(__AVX2__)
     vint even, odd;
-    explicit SATEEN_INLINE Shares(const byte* at) {
+    explicit SATEEN_INLINE FourShares(const byte* at) {
         even = splat_int(at[0] | (at[2] << 16));
         odd = splat_int(at[1] | (at[3] << 16));
     }
 #else
     int each[4];
-    explicit SATEEN_INLINE Shares(const byte* at) : each{at[0], at[1], at[2], at[3]} {}
+    explicit SATEEN_INLINE FourShares(const byte* at) : each{at[0], at[1], at[2], at[3]} {}
 #endif
 };
 
 // sum + the products of four signed bytes in every lane of v with the shares.
-SATEEN_INLINE vint add_shares(vint sum, vint v, const Shares& p) {
+SATEEN_INLINE vint add_shares(vint sum, vint v, const FourShares& p) {
 #ifdef __AVX512VNNI__
     return (vint)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)p.all, (__m512i)v);
 #elif defined(__AVX512BW__)
@@ -89,7 +89,7 @@ SATEEN_INLINE void multiply_columns(const code* v, long columns, long quads, con
         for (int j = 0; j < N; ++j) values[j] = load_bytes(from + j * W * 4);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const Shares x(p + r * stride + d * 4);
+            const FourShares x(p + r * stride + d * 4);
             for (int j = 0; j < N; ++j) sum[r][j] = add_shares(sum[r][j], values[j], x);
         }
     }

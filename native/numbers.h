@@ -6,7 +6,7 @@
 namespace sateen::SATEEN_ISA {
 namespace {
 
-inline long number_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
+inline long number_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::int8 ? 1 : 2; }
 
 template <typename Base>
 inline Base* offset(Base* base, Format format, long numbers) {

@@ -88,8 +88,8 @@ def _modes(parser: argparse.ArgumentParser) -> None:
         help="as stored, rounded to 8 or 4 bits, or complex two-bit masters packed (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--attention", choices=("auto", "int8"), default="auto",
-        help="floating point, or integer products over cached rows (default: %(default)s)",
+        "--attention", choices=("auto", "int8", "int8-half"), default="auto",
+        help="floating point, integer products, or those for the scores alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "fp32", "bf16", "fp16", "int8"), default="auto",

@@ -17,6 +17,7 @@ from sateen.engine.cache.prefix import prefix_cache_for
 from sateen.engine.cache.sizing import sized_cache
 from sateen.engine.contract import Engine, Prompt, WeightUpdate, copy_weights
 from sateen.engine.drafts.length import DraftLength
+from sateen.engine.int8_layers import BUDGET, PROBE_TEXT, choose_layers
 from sateen.engine.intake import Intake, find_tokenizer
 from sateen.engine.limits import Limits, check_deadline
 from sateen.engine.request import RequestOutput, SamplingParams, StreamChunk
@@ -29,6 +30,8 @@ from sateen.engine.weights import check_weights, load_serving, new_tensors
 from sateen.engine.work import Work
 from sateen.errors import ConfigError, unknown_name
 from sateen.models.decoder import Decoder
+
+ATTENTION = ("auto", "int8", "int8-half")
 
 __all__ = ["LLM", "Engine", "EngineStats", "StreamChunk", "WeightUpdate"]
 
@@ -55,6 +58,7 @@ class LLM:
         weights: str = "auto",
         step: str = "auto",
         kv_cache_dtype: str = "auto",
+        int8_budget: float = BUDGET,
         dtype: str | None = None,
         device: str | None = None,
         max_num_seqs: int = 8,
@@ -80,9 +84,10 @@ class LLM:
             draft: `mtp` drafts with all of the model's heads, `none` does not. `auto` drafts where there are
                 heads and, but for seeded sampling, as far as it pays by the engine's own measurements; the
                 tokens of sampling without a seed then depend on them.
-            attention: `auto` computes over cached rows in floating point, `int8` with integer products; it
-                is for layers of full and sliding attention, and the first step refuses models with others.
-                `score` has no cache and always computes in floating point.
+            attention: `auto` computes over cached rows in floating point, `int8` with integer products,
+                `int8-half` with integers only for the scores; both are for layers of full and sliding
+                attention, and models with others are refused. `score` has no cache and always computes in
+                floating point.
             weights: `auto` as stored; `int8` and `int4` round the linear layers of a floating-point model to
                 eight or four bits and their inputs to int8, the output matrix to int8 with both, and keep the
                 embedding; `fairy2` packs the complex two-bit weights of a model that has them as masters, and
@@ -92,6 +97,8 @@ class LLM:
                 torch.
             kv_cache_dtype: `auto` (the model's), `fp32`, `bf16`, `fp16`, or `int8` with a scale per token and
                 head.
+            int8_budget: with `int8` or `int8-half`, layers whose attention errs more than this on a short
+                text, as a relative L2 error, compute in floating point; `stats` names them.
             dtype: of the weights; as stored when None. Not for a decoder object.
             device: where to load; not for a decoder object.
             max_num_seqs: sequences in work at once.
@@ -119,10 +126,10 @@ class LLM:
 
         Raises:
             ConfigError: a value that is not accepted, or a tokenizer that does not fit the model.
-            BackendUnavailable: `step` is `native` and cannot be.
+            BackendUnavailable: `step` is `native` and cannot be, or a layer has no int8 attention.
         """
-        if attention not in ("auto", "int8"):
-            raise ConfigError(unknown_name("attention", attention, ("auto", "int8")))
+        if attention not in ATTENTION:
+            raise ConfigError(unknown_name("attention", attention, ATTENTION))
         check_weights(weights)
         self._weights = weights
         if draft not in ("auto", "mtp", "none"):
@@ -158,6 +165,8 @@ class LLM:
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_memory_bytes=kv_memory_bytes,
             num_pages=num_pages, offloads=kv_offload,
         )  # fmt: skip
+        self._int8_budget = int8_budget
+        self._choose_int8_layers()
         self.max_model_len = self.cache.max_model_len
         num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
         self.runner = Runner(
@@ -176,6 +185,10 @@ class LLM:
         self._limits = Limits(self.scheduler, max_waiting, clock)
         self._work = Work(model, self.scheduler, self.runner, self._limits, self.draft_length)
         self._intake = Intake(model, self.tokenizer, self.max_model_len, seed)
+
+    def _choose_int8_layers(self) -> None:
+        probe = self.tokenizer.encode(PROBE_TEXT) if self.tokenizer is not None else None
+        self._int8_layers = choose_layers(self.model, self.cache, probe, self._int8_budget)
 
     def generate(
         self,
@@ -290,6 +303,7 @@ class LLM:
         source = new_tensors(self.model, self._weights, self._trained, update.source)
         if source is not None:
             copy_weights(self.model, source)
+        self._choose_int8_layers()
         self._work.weights_version = update.version
         self.scheduler.restart_all()
 
@@ -306,6 +320,7 @@ class LLM:
             "running": len(self.scheduler.running),
             "cache": self.cache.usage(),
             "prefix": self.prefix.stats() if self.prefix is not None else None,
+            "int8_attention": self._int8_layers.as_dict() if self._int8_layers is not None else None,
         }
 
     def allocated_layers(self) -> list[dict[str, Any]]:

@@ -46,6 +46,7 @@ def generate(
             "finish_reason": completion.finish_reason,
             "draft": {key: stats[key] for key in ("acceptance_length", "acceptance_by_position")},
             "tokens_per_s": stats["tokens_per_s"],
+            "int8_attention": stats["int8_attention"],
         }
         print(json_module.dumps(result, ensure_ascii=False))
         return
@@ -136,6 +137,8 @@ def _load(model: str, draft: str, weights: str, attention: str, kv_cache_dtype: 
 def _summary(llm: LLM) -> str:
     stats = llm.stats()
     parts = [f"{stats['generated_tokens']} tokens", f"{stats['tokens_per_s']:.1f} tokens/s"]
+    if stats["int8_attention"] and stats["int8_attention"]["float_layers"]:
+        parts.append(f"{len(stats['int8_attention']['float_layers'])} layers in floating point")
     if stats["acceptance_by_position"]:
         shares = ", ".join(f"{share:.0%}" for share in stats["acceptance_by_position"])
         parts.append(f"{stats['acceptance_length']:.2f} tokens per pass (drafts accepted: {shares})")

@@ -12,7 +12,14 @@ from sateen.ops.complex_matmul import (
     unpack_phase,
 )
 from sateen.ops.grouped_matmul import grouped_matmul
-from sateen.ops.int8_attention import Int8Rows, int8_attention, int8_rows_attention, int8_sdpa, quantize_int8
+from sateen.ops.int8_attention import (
+    Int8Rows,
+    int8_attention,
+    int8_rows_attention,
+    int8_sdpa,
+    quantize_int8,
+    quantize_rows,
+)
 from sateen.ops.lowbit_matmul import (
     PackedInt4,
     PackedInt8,
@@ -42,6 +49,7 @@ __all__ = [
     "pack_phase",
     "phase_quantize",
     "quantize_int8",
+    "quantize_rows",
     "select_blocks",
     "unpack_lowbit",
     "unpack_phase",

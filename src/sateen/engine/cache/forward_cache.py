@@ -105,14 +105,22 @@ class ForwardCache:
         """See `LayerCache.attend`; options are the operators' own."""
         pool = self.cache.pools[index, name]
         out: Any
-        if self.cache.attention == "int8" and pool.scales is not None and index not in self._wanted:
+        is_float = self.cache.attention == "auto" or index in self.cache.float_layers
+        if self.cache.reads_codes and not is_float and index not in self._wanted:
             rows = self._rows(pool)
             codes = self._codes(pool, rows, k_TKH, v_TKV)
             out = ops.int8_rows_attention(q_TNH, codes, cu_seqlens_k=rows.cu_seqlens_k, **options)
         else:
             k, v, cu_seqlens_k = self._floats(index, name, k_TKH, v_TKV)
-            attention = ops.int8_attention if self.cache.attention == "int8" else ops.attention
-            out = attention(q_TNH, k, v, cu_seqlens_k=cu_seqlens_k, **options)
+            options["cu_seqlens_k"] = cu_seqlens_k
+            if is_float:
+                out = ops.attention(q_TNH, k, v, **options)
+            elif self.cache.attention == "int8-half":
+                out = ops.int8_attention(q_TNH, k, v, pv="float", **options)
+            else:
+                # Values with a scale per token, as in int8 rows: with a scale per channel the first token's
+                # small values, which most queries attend to, would get few codes.
+                out = ops.int8_rows_attention(q_TNH, ops.quantize_rows(k, v, cu_seqlens_k), **options)
         return cast(Tensor, out)
 
     def _floats(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

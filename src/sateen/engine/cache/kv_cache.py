@@ -93,7 +93,8 @@ class KVCache:
         has_rings: some layer keeps a window of rows.
         dtype: of the rows.
         is_scaled: they are int8 and come with scales.
-        attention: `auto` reads rows as floats, `int8` computes with integers.
+        attention: `auto` reads rows as floats, `int8` computes with integers, `int8-half` up to the softmax.
+        float_layers: those that read floats whatever `attention` says.
         offloads: pages live in host memory, see `staging`; rings stay on the device.
     """
 
@@ -123,6 +124,7 @@ class KVCache:
         self.attention = attention
         self.offloads = offloads
         self.page_device = torch.device("cpu") if offloads else self.device
+        self.float_layers: frozenset[int] = frozenset()
         self.pools: dict[tuple[int, str], Pool] = {}
         self.sources: dict[tuple[int, str], int] = {}
         for index, group in enumerate(self.layouts):
@@ -153,9 +155,14 @@ class KVCache:
         v = _zeros((*shape, layout.v_head_dim), self.dtype, device, is_pinned)
         if not self.is_scaled:
             return Pool(layout, k, v, ring)
-        k_scale, v_scale = (torch.zeros(*shape, device=self.device) for _ in range(2))
+        k_scale, v_scale = (_zeros(shape, torch.float32, device, is_pinned) for _ in range(2))
         mean = torch.zeros(self.num_slots, layout.num_kv_heads, layout.head_dim, device=self.device)
         return Pool(layout, k, v, ring, Scales(k_scale, v_scale, mean))
+
+    @property
+    def reads_codes(self) -> bool:
+        """Integer attention takes the rows as they are stored."""
+        return self.is_scaled and self.attention == "int8"
 
     @property
     def num_free_pages(self) -> int:

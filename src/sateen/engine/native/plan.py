@@ -25,7 +25,7 @@ from sateen.ops.lowbit_matmul.native import FORMATS, INT4, INT8
 from sateen.ops.native import native, native_available
 
 INTEGERS = {"int8": INT8, "int4": INT4}
-ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 class Form(NamedTuple):
@@ -69,8 +69,8 @@ def why_not(model: Decoder, cache: KVCache) -> str | None:
         return f"it is for the CPU and the model is on {model.device.type}"
     if type(model) is not Decoder:
         return f"it is for plain decoders and this is {type(model).__name__}"
-    if cache.attention != "auto" or cache.dtype not in ROW_DTYPES:
-        return f"it reads float rows and the cache is {cache.dtype} with attention {cache.attention!r}"
+    if cache.dtype not in ROW_DTYPES or not (cache.attention == "auto" or cache.reads_codes):
+        return f"it has no attention {cache.attention!r} over rows of {cache.dtype}"
     for index, block in enumerate(blocks(model, cache)):
         for name, module in block.named_modules():
             if reason := _unfit(module):
@@ -132,6 +132,10 @@ class PlanBuilder:
             numbers |= {"input_norm": self._norm(block.input_layernorm), "ring_rows": pool.ring_rows}
             assert isinstance(block.self_attn, FullAttention)
             numbers |= self._attention(block.self_attn)
+            if pool.scales is not None:
+                parts = ("k_scale", "v_scale", "k_mean")
+                numbers |= {part: self._keep(x) for part, x in zip(parts, pool.scales, strict=True)}
+                numbers["integers"] = int(cache.reads_codes and index not in cache.float_layers)
             self.plan.layer(numbers, self._keep(pool.k_RKH), self._keep(pool.v_RKV))
         ends = self._matrix(model.model.embed_tokens), self._matrix(model.lm_head)
         self.plan.ends(*ends, self._norm(model.model.norm))

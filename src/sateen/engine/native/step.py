@@ -72,10 +72,12 @@ class NativeStep:
         built = PlanBuilder(self.model, self.cache)
         self._plan, self._tensors, self._routed = built.plan, built.tensors, built.routed
         self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._float_layers = self.cache.float_layers
         self._dtype = self.model.model.embed_tokens.weight.dtype
 
     def _current(self) -> Any:
-        if [tensor.data_ptr() for tensor in self._tensors] != self._places:
+        moved = [tensor.data_ptr() for tensor in self._tensors] != self._places
+        if moved or self._float_layers != self.cache.float_layers:
             self._build()
         return self._plan
 
@@ -114,6 +116,7 @@ class NativeStep:
             np.concatenate(pages),
             _offsets([len(rows) for rows in pages])[:-1],
             np.asarray([entry.slot for entry in view.entries], dtype=np.int64),
+            np.asarray([entry.mean_rows for entry in view.entries], dtype=np.int64),
             out.numpy(),
             routes,
             torch.get_num_threads(),

@@ -84,6 +84,12 @@ class _EngineCollector(Collector):
         yield _family(
             "sateen_kv_used_bytes", "What requests in work hold of them.", "layer_kind", live["kv_used_bytes"]
         )
+        if (int8 := live["int8_attention"]) is not None:
+            floats = len(int8["float_layers"])
+            yield _family(
+                "sateen_int8_attention_layers", "Layers whose attention is in integers or in floating point.",
+                "form", {"integers": len(int8["errors"]) - floats, "floats": floats},
+            )  # fmt: skip
         if (prefix := live["prefix"]) is not None:
             yield CounterMetricFamily(
                 "sateen_prefix_looked_up_tokens", "Prompt tokens looked up.", prefix["looked_up_tokens"]
@@ -113,6 +119,7 @@ def live_numbers(llm: LLM) -> dict[str, Any]:
         "kv_allocated_bytes": allocated,
         "kv_used_bytes": used,
         "prefix": stats["prefix"],
+        "int8_attention": stats["int8_attention"],
     }
 
 

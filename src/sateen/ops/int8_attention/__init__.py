@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sateen.errors import ShapeError, unknown_name
 from sateen.ops.int8_attention.native import int8_attention_native, int8_rows_attention_native
-from sateen.ops.int8_attention.quantize import Int8Rows, integer_matmul, quantize_int8
+from sateen.ops.int8_attention.quantize import Int8Rows, integer_matmul, quantize_int8, quantize_rows
 from sateen.ops.int8_attention.reference import OP, P_LEVELS, ROWS_OP
 from sateen.ops.int8_attention.triton_backend import int8_attention_triton, int8_rows_triton
 from sateen.ops.packed import check_packed
@@ -25,6 +25,7 @@ __all__ = [
     "int8_sdpa",
     "integer_matmul",
     "quantize_int8",
+    "quantize_rows",
 ]
 
 MAX_BLOCK = 65536  # keys whose products with P, at most 255 * 127 each, still add up within int32

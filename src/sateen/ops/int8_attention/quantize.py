@@ -37,6 +37,17 @@ class Int8Rows(NamedTuple):
         return k.to(dtype), (self.v_SKV * self.v_scale_SK.unsqueeze(-1)).to(dtype)
 
 
+def quantize_rows(k_SKH: Tensor, v_SKV: Tensor, cu_seqlens_k: Tensor) -> Int8Rows:
+    """The rows that a cache would hold, keys less the mean of all keys of their sequence."""
+    counts = cu_seqlens_k.diff().long()
+    k = k_SKH.float()
+    owners = torch.arange(len(counts), device=k.device).repeat_interleave(counts, output_size=len(k))
+    sums = k.new_zeros(len(counts), *k.shape[1:]).index_add_(0, owners, k)
+    mean = sums / counts.clamp(min=1).view(-1, 1, 1)
+    (k8, k_scale), (v8, v_scale) = quantize_int8(k - mean.index_select(0, owners)), quantize_int8(v_SKV)
+    return Int8Rows(k8, k_scale.squeeze(-1), v8, v_scale.squeeze(-1), mean)
+
+
 def quantize_int8(x: Tensor, dim: int | tuple[int, ...] = -1) -> tuple[Tensor, Tensor]:
     """Int8 codes in [-127, 127] and the float32 scales of what lies along `dim`, which stays with size 1.
 
