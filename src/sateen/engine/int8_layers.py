@@ -138,6 +138,9 @@ class ProbeLayer:
     def read(self, name: str = "kv") -> tuple[Tensor, Tensor, Tensor]:
         return self.extend(torch.empty(0), torch.empty(0), name)
 
+    def lend(self, lists_KTn: Tensor, seq: Sequences, block_size: int, name: str = "kv") -> Tensor:
+        return lists_KTn
+
     def attend(
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKV: Tensor, *, cu_seqlens_q: Tensor, **options: Any
     ) -> Tensor:
