@@ -19,6 +19,7 @@ from sateen.models.registry import preset
 FLASH, MIMO = "mimo-v2-flash-tiny", "mimo-7b-tiny"
 
 
+@torch.inference_mode(False)  # which a test that asks for the fixture first may be in
 def _random_model(name: str, *, heads: int | None = None, seed: int = 0, **changes: Any) -> Decoder:
     """Weights of standard deviation 0.1, so that attention matters.
 

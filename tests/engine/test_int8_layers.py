@@ -93,8 +93,7 @@ def test_new_weights_are_measured_anew(mimo, make_prompts):
         assert all(after[layer] > before[layer] for layer in before)
         llm.generate(make_prompts([9]), GREEDY)
     finally:
-        with torch.inference_mode():  # in which another test may have made these tensors
-            mimo.load_state_dict(old)
+        mimo.load_state_dict(old)
 
 
 def test_refusals(mimo, hysparse):
