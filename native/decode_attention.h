@@ -98,13 +98,9 @@ struct Bf16Rows {
         scores = attention_scratch.take(rows * kBlock + divide_up(numbers, 2));
         weights = reinterpret_cast<bits16*>(scores + rows * kBlock), query = weights + rows * kBlock;
         new_k = query + l.K * rows * l.H, new_v = new_k + kBlock * l.K * l.H;
-        const long group = l.N / l.K, q0 = p.first_token[task.sequence];
         for (long head = 0; head < l.K; ++head)
-            for (long i = 0; i < rows; ++i) {
-                const long row = task.first + i;
-                const float* const from = p.qr + ((q0 + row / group) * l.N + head * group + row % group) * l.H;
-                narrow(Format::bf16, from, l.H, query + (head * rows + i) * l.H);
-            }
+            for (long i = 0; i < rows; ++i)
+                narrow(Format::bf16, query_of(p, l, task, head, i), l.H, query + (head * rows + i) * l.H);
     }
 
     void take(const Run& run, long count) {
