@@ -199,7 +199,8 @@ def measure(folder: Path, lengths: list[int], documents: int) -> None:
     import torch
 
     from sateen.checkpoint.hf import load_model
-    from sateen.data.long_context import LongTask, long_task
+    from sateen.data.facts import LongTask
+    from sateen.data.long_context import long_task
     from sateen.data.tasks import task_class
     from sateen.data.text import python_docs, split_heldout
     from sateen.data.tokenizer import Tokenizer

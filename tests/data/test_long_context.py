@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
+from sateen.data.facts import LongTask
 from sateen.data.long_context import (
     CommonWords,
-    LongTask,
     MultiKey,
     Needle,
     VariableTracking,
@@ -126,9 +126,10 @@ def test_no_key_is_part_of_the_other_text():
     assert len(keys) > 90
 
 
+@pytest.mark.parametrize("said", ["chain", "value"])
 @pytest.mark.parametrize("num_hops", [1, 2, 4])
-def test_chains_lead_to_their_value(num_hops):
-    task = make(VariableTracking, num_hops=num_hops, num_chains=3, num_queries=3, length=300)
+def test_chains_lead_to_their_value(num_hops, said):
+    task = make(VariableTracking, num_hops=num_hops, num_chains=3, num_queries=3, length=300, answer=said)
     for seed in range(20):
         example = task.sample(random.Random(seed))
         facts = facts_of(example.prompt)
@@ -141,7 +142,7 @@ def test_chains_lead_to_their_value(num_hops):
             while name in facts:
                 name = facts[name]
                 walked.append(name)
-            assert answer == walked
+            assert answer == (walked if said == "chain" else walked[-1:])
             assert len(walked) == num_hops
         order = [line.split()[1] for line in example.prompt.split("\n") if line.startswith("> ")]
         places = {key: place for place, key in enumerate(order)}
@@ -211,6 +212,7 @@ def test_words_are_single_tokens_of_the_tokenizer():
         (Needle, {"words": ["a"]}, "1 different words in a list of 1 are too few"),
         (Needle, {"words": WORDS + WORDS}, "are too few or repeat"),
         (VariableTracking, {"num_hops": 0}, "num_hops 0 must be at least 1"),
+        (VariableTracking, {"answer": "name"}, "answer 'name' must be 'chain' or 'value'"),
         (VariableTracking, {"num_chains": 1, "num_queries": 2}, "num_chains 1 at least num_queries 2"),
         (CommonWords, {"num_queries": 2}, "one question and no depth"),
         (CommonWords, {"repeats": 3}, "repeats 3 above other_repeats 3"),
@@ -243,6 +245,7 @@ def test_the_tasks_have_their_names_and_chances():
     assert Task.is_chat
     assert make(Needle).chance == 1 / 100
     assert make(VariableTracking, num_hops=3).chance == pytest.approx(1e-6)
+    assert make(VariableTracking, num_hops=3, answer="value").chance == 1 / 100
 
 
 def test_few_words_are_drawn_again_until_every_pair_is_on_its_side():

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sateen.data.long_context import LongExample, MultiKey, VariableTracking, long_task
+from sateen.data.facts import LongExample
+from sateen.data.long_context import MultiKey, VariableTracking, long_task
 from sateen.data.tokenizer import Tokenizer
 from sateen.engine.engine import LLM
 from sateen.engine.request import SamplingParams

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sateen.data.long_context import LongTask, long_task
+from sateen.data.facts import LongTask
+from sateen.data.long_context import long_task
 from sateen.data.tasks import Task, task_class
 from sateen.data.text import Document, python_docs, split_heldout, text_dir
 from sateen.data.tokenizer import Tokenizer

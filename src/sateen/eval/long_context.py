@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from sateen.data.long_context import LongTask
+from sateen.data.facts import LongTask
 from sateen.data.packing import pack
 from sateen.data.tokenizer import Tokenizer
 from sateen.models.decoder import Decoder

@@ -24,8 +24,9 @@ from sateen.config import (
 )
 from sateen.config import Source as SourceConfig
 from sateen.data.chat import encode_chat
+from sateen.data.facts import LongExample, LongTask
 from sateen.data.loader import Source
-from sateen.data.long_context import LongExample, LongTask, long_task
+from sateen.data.long_context import long_task
 from sateen.data.tasks import Example, Task, task_class
 from sateen.data.text import Document, python_docs, split_heldout, text_dir
 from sateen.data.token_file import TokenDocument, TokenFile, write_texts, write_tokens
