@@ -42,7 +42,14 @@ def quintic(s: float) -> float:
     return s
 
 
+@pytest.fixture
+def float32_products(monkeypatch):
+    """As on a CPU that has no bfloat16 products."""
+    monkeypatch.setattr("sateen.train.optim.has_bfloat16_matmul", lambda: False)
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (3, 8), (8, 3), (1, 5)])
+@pytest.mark.usefixtures("float32_products")
 def test_orthogonalize_moves_singular_values_along_the_quintic(shape):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, *shape, generator=g)
@@ -53,6 +60,19 @@ def test_orthogonalize_moves_singular_values_along_the_quintic(shape):
         torch.testing.assert_close(b, want, rtol=1e-3, atol=1e-4)
 
 
+def test_orthogonalize_in_bfloat16_stays_near_float32(monkeypatch):
+    """Five rounds of products at 2^-8 each; measured 1.4 % of the norm."""
+    x = torch.randn(3, 48, 96, generator=torch.Generator().manual_seed(1))
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr("sateen.train.optim.has_bfloat16_matmul", lambda has=has: has)
+        found.append(orthogonalize(x))
+    assert found[0].dtype == torch.float32
+    assert not torch.equal(*found)
+    assert ((found[0] - found[1]).norm() / found[1].norm()).item() < 0.03
+
+
+@pytest.mark.usefixtures("float32_products")
 def test_muon_first_step_by_hand():
     """Momentum only scales a first gradient, which the norm removes; a diagonal one keeps its directions."""
     p = nn.Parameter(torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0], [0.0, 0.0]]))
