@@ -26,7 +26,8 @@ def orthogonalize(grad_EMN: Tensor) -> Tensor:
     """Each matrix of a stack with its singular values driven towards 1, by a quintic Newton-Schulz iteration.
 
     Runs in bfloat16 where the hardware multiplies it, twice as fast as float32 on such a CPU, and in float32
-    elsewhere, where that measured five times faster than emulated bfloat16. The result is float32. Source: Keller Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
+    elsewhere, where that measured five times faster than emulated bfloat16. The result is float32. Source:
+    Keller Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
     """
     a, b, c = NEWTON_SCHULZ
     is_tall = grad_EMN.shape[-2] > grad_EMN.shape[-1]
