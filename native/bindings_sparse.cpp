@@ -101,7 +101,7 @@ void sparse_backward(const Numbers3& d_out, const Numbers3& q, const Numbers3& k
 
 void oracle_forward(const Numbers3& q, const Numbers3& k, const Numbers3& v, int format, const Offsets& cu_q,
                     const Offsets& cu_k, const std::optional<Array1>& sink, long block_size, double scale, int num_threads,
-                    long listed, long forced_window, Dense3& out, Dense2& lse, const std::optional<Dense3>& maxima,
+                    long listed, long forced_window, bool is_mean, Dense3& out, Dense2& lse, const std::optional<Dense3>& maxima,
                     const std::optional<NewLists>& lists) {
     sateen::OracleForward p;
     fill(p, q, k, v, format, cu_q, cu_k, sink, block_size, scale, num_threads);
@@ -113,7 +113,7 @@ void oracle_forward(const Numbers3& q, const Numbers3& k, const Numbers3& v, int
     require(!lists || long(lists->shape(2)) >= listed, "lists have room for the chosen blocks");
     p.out = out.data(), p.lse = lse.data();
     p.maxima = maxima ? maxima->data() : nullptr, p.num_blocks = maxima ? long(maxima->shape(2)) : 0;
-    p.lists = lists ? lists->data() : nullptr, p.listed = listed, p.forced_window = forced_window;
+    p.lists = lists ? lists->data() : nullptr, p.listed = listed, p.forced_window = forced_window, p.is_mean = is_mean;
     p.recent = lists ? long(lists->shape(2)) - listed : 0;
     for (long i = 0; maxima && i < p.num_sequences; ++i)
         require(long(p.cu_k[i + 1] - p.cu_k[i]) <= p.num_blocks * block_size, "maxima have a column per block");
@@ -135,8 +135,8 @@ void bind_sparse(nb::module_& m) {
           nb::arg("d_sink"));
     m.def("oracle_forward", &oracle_forward, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("format"), nb::arg("cu_q"),
           nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("block_size"), nb::arg("scale"), nb::arg("num_threads"),
-          nb::arg("listed"), nb::arg("forced_window"), nb::arg("out"), nb::arg("lse"), nb::arg("maxima").none(),
-          nb::arg("lists").none());
+          nb::arg("listed"), nb::arg("forced_window"), nb::arg("is_mean"), nb::arg("out"), nb::arg("lse"),
+          nb::arg("maxima").none(), nb::arg("lists").none());
 }
 
 }  // namespace sateen

@@ -122,7 +122,7 @@ void write_maxima(const OracleForward& p, const Task& task, const float* maxima,
     }
 }
 
-// The lists of a task's queries: block maxima less the row's log-sum-exp, the largest over the group's heads.
+// The lists of a task's queries: block maxima less the row's log-sum-exp, together for the group's heads.
 void choose(const OracleForward& p, const Task& task, const RowStates& states, const float* maxima, long stride) {
     const long group = p.N / p.K;
     float* const scores = choice_scratch.take(2 * (stride + W));
@@ -136,10 +136,11 @@ void choose(const OracleForward& p, const Task& task, const RowStates& states, c
         long ranked = visible;
         if (p.forced_window) ranked = position - p.forced_window + 1 > 0 ? (position - p.forced_window + 1) / p.block_size : 0;
         for (long b = 0; b < round_up(ranked, W); b += W) {
-            vfloat best = splat(-kInf);
+            vfloat best = splat(p.is_mean ? 0.0f : -kInf);
             for (long g = 0; g < group; ++g) {
                 const long r = q * group + g;
-                best = maximum(load(maxima + r * stride + b) - splat(states.top[r]), best);
+                const vfloat log_probability = load(maxima + r * stride + b) - splat(states.top[r]);
+                best = p.is_mean ? best + exp2_fast(log_probability * kLog2e) : maximum(log_probability, best);
             }
             store(scores + b, best);
         }

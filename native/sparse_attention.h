@@ -51,6 +51,7 @@ struct OracleForward : NumbersShape {
     int* lists;                  // [K, T, listed + recent]; or null
     long num_blocks, listed;
     long forced_window, recent;  // newest keys whose blocks, at most `recent`, are listed besides; 0: none
+    bool is_mean;                // a group ranks a block by the mean of its heads' probabilities, else by the largest
 };
 
 SATEEN_DECLARE(sparse_forward, SparseForward)

@@ -18,7 +18,7 @@ from sateen.models.inspect import kv_bytes
 from sateen.models.registry import preset
 from sateen.nn.attention import LayerLinks, Sequences
 
-TINY = ("hysparse-tiny", "hysparse2-tiny")
+TINY = ("hysparse-tiny", "hysparse-moe-tiny", "hysparse2-tiny")
 
 
 def config(name, **changes):
@@ -211,11 +211,26 @@ def test_decoding_makes_the_lists_of_one_forward(name):
         assert (whole.selections[index][:, -1] < 0).sum() == 0  # full lists: the choice is a real one
 
 
+@torch.no_grad()
+def test_the_group_may_rank_by_its_mean():
+    specs = config("hysparse-tiny", gqa_score_reduce="mean").layers()
+    assert [spec.options.get("aggregate") for spec in specs[:4]] == ["mean", None, None, "mean"]
+    lists = []
+    for word in ("max", "mean"):
+        raw = config("hysparse-tiny", gqa_score_reduce=word, initializer_range=0.1)
+        links = LayerLinks()
+        Decoder(raw).init_weights(0).trunk(torch.arange(200), Sequences.of_lengths([200]), links=links)
+        lists.append(links.selections[0])
+    assert lists[0].shape == lists[1].shape
+    assert not torch.equal(*lists)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sparse_select": "page"}, r"sparse_select 'page' is not supported; accepted: 'block', 'token'"),
         ({"sparse_local": "ring"}, r"sparse_local 'ring'.*'gated', 'forced', 'none'"),
+        ({"gqa_score_reduce": "sum"}, "gqa_score_reduce 'sum' is not supported; accepted: 'max', 'mean'"),
         ({"gate_granularity": "layer"}, "gate_granularity 'layer'"),
         ({"share_kv_swa": "yes"}, "share_kv_swa 'yes' is not supported; accepted: False, True"),
         ({"share_kv_swa": True, "share_kv_sa": False}, "both true, both false"),

@@ -33,7 +33,7 @@ def offsets(lengths):
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def by_sorting(q, k, cu_q, cu_k, block_size, num_blocks, forced_window, scale):
+def by_sorting(q, k, cu_q, cu_k, block_size, num_blocks, forced_window, scale, aggregate):
     """The lists of every query, from a float64 softmax and Python's stable sort."""
     q, k, group, lists = q.double().numpy(), k.double().numpy(), q.shape[1] // k.shape[1], {}
     for (q0, q1), (k0, k1) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
@@ -45,8 +45,9 @@ def by_sorting(q, k, cu_q, cu_k, block_size, num_blocks, forced_window, scale):
                     continue
                 heads = q[t, head * group : (head + 1) * group]
                 weights = np.exp(scale * heads @ k[k0 : k0 + place + 1, head].T)
-                probs = (weights / weights.sum(1, keepdims=True)).max(0)
-                scores = np.maximum.reduceat(probs, range(0, place + 1, block_size)).tolist()
+                probs = weights / weights.sum(1, keepdims=True)
+                per_head = np.maximum.reduceat(probs, range(0, place + 1, block_size), axis=1)
+                scores = (per_head.mean(0) if aggregate == "mean" else per_head.max(0)).tolist()
                 first = len(scores)
                 if forced_window is not None:
                     first = max(0, place - forced_window + 1) // block_size
@@ -55,11 +56,12 @@ def by_sorting(q, k, cu_q, cu_k, block_size, num_blocks, forced_window, scale):
     return lists
 
 
+@pytest.mark.parametrize("aggregate", ["max", "mean"])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("name", LENGTHS)
 @pytest.mark.parametrize("backend", OP.backends)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_outputs_and_lists_match_their_definitions(backend, name, choice, make_packed):
+def test_outputs_and_lists_match_their_definitions(backend, name, choice, aggregate, make_packed):
     lengths_q, lengths_k = LENGTHS[name]
     cu_q, cu_k = offsets(lengths_q), offsets(lengths_k or lengths_q)
     block_size, num_blocks, forced_window = choice
@@ -67,12 +69,13 @@ def test_outputs_and_lists_match_their_definitions(backend, name, choice, make_p
     call = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k if lengths_k else None}
     out, lists = ops.attention_and_blocks(
         data["q"], data["k"], data["v"], sink_N=data["sink"], block_size=block_size, num_blocks=num_blocks,
-        forced_window=forced_window, backend=backend, **call,
+        forced_window=forced_window, aggregate=aggregate, backend=backend, **call,
     )  # fmt: skip
     want = ops.attention(data["q"], data["k"], data["v"], sink_N=data["sink"], backend="reference", **call)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
     assert lists.dtype == torch.int32
-    for (head, t), (chosen, recent) in by_sorting(data["q"], data["k"], cu_q, cu_k, *choice, 8**-0.5).items():
+    by_definition = by_sorting(data["q"], data["k"], cu_q, cu_k, *choice, 8**-0.5, aggregate)
+    for (head, t), (chosen, recent) in by_definition.items():
         row = lists[head, t].tolist()
         assert row[:num_blocks] == chosen + [-1] * (num_blocks - len(chosen))
         assert row[num_blocks:] == recent + [-1] * (len(row) - num_blocks - len(recent))
@@ -113,6 +116,30 @@ def test_heads_are_compared_by_probability_not_by_logit(backend):
     assert int((k[:, 0] @ q[0].T).max(-1).values.argmax()) == 2
 
 
+@pytest.mark.parametrize("backend", OP.backends)
+def test_a_group_may_rank_by_its_mean_instead_of_its_most_certain_head(backend):
+    # Head 0 puts nine tenths on key 1; the others put half on key 2.
+    logits = torch.tensor([[0.0, 0.9, 0.1], [0.45, 0.05, 0.5], [0.45, 0.05, 0.5], [0.45, 0.05, 0.5]])
+    q = (logits + 1e-3).log()[None]
+    k = torch.eye(3)[:, None]
+    chosen = [
+        ops.attention_and_blocks(
+            q, k, k, block_size=1, num_blocks=1, cu_seqlens_q=offsets([1]), cu_seqlens_k=offsets([3]),
+            scale=1.0, aggregate=aggregate, backend=backend,
+        )[1].item()
+        for aggregate in ("max", "mean")
+    ]  # fmt: skip
+    assert chosen == [1, 2]
+
+
+def test_another_aggregate_is_refused():
+    x = torch.zeros(1, 1, 2)
+    with pytest.raises(ShapeError, match="aggregate 'sum' must be 'max' or 'mean'"):
+        ops.attention_and_blocks(
+            x, x, x, block_size=1, num_blocks=1, cu_seqlens_q=offsets([1]), aggregate="sum"
+        )
+
+
 @needs_kernels
 @pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.usefixtures("poisoned_memory")
@@ -134,12 +161,15 @@ def test_every_instruction_set_and_number_of_threads_agree(level, make_packed):
                 for ours, theirs in zip(got, want, strict=True):
                     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
                 for block_size, num_blocks in ((48, 3), (1, 70), (16, 10)):
-                    settings = {"block_size": block_size, "num_blocks": num_blocks, **cu}
-                    lists = [
-                        ops.attention_and_blocks(q, k, v, backend=backend, **settings)[1]
-                        for backend in ("native", "reference")
-                    ]
-                    assert torch.equal(*lists)
+                    for aggregate in ("max", "mean"):
+                        settings = {"block_size": block_size, "num_blocks": num_blocks}
+                        lists = [
+                            ops.attention_and_blocks(
+                                q, k, v, backend=backend, aggregate=aggregate, **settings, **cu
+                            )[1]
+                            for backend in ("native", "reference")
+                        ]
+                        assert torch.equal(*lists)
     finally:
         torch.set_num_threads(before)
         loader.native().select_isa(os.environ.get("SATEEN_CPU_ISA", ""))
@@ -179,7 +209,7 @@ def test_the_custom_operator_holds_its_contract_and_compiles(make_packed):
     q, k, v, sink = (data[name].requires_grad_() for name in ("q", "k", "v", "sink"))
     cu = offsets([9, 11])
     for columns, chosen in ((3, 2), (5, 0)):
-        arguments = (q, k, v, cu, cu, sink, 0.3, 4, columns, chosen, 0)
+        arguments = (q, k, v, cu, cu, sink, 0.3, 4, columns, chosen, 0, False)
         torch.library.opcheck(torch.ops.sateen.oracle_forward.default, arguments)
 
     def both(q, k, v):

@@ -34,7 +34,7 @@ WORDS = {
     "hidden_act": ("silu",),
     "scoring_func": ("sigmoid",),
     "sparse_score": ("max",),
-    "gqa_score_reduce": ("max",),
+    "gqa_score_reduce": ("max", "mean"),
     "share_kv_sa": (True, False),
     "share_kv_swa": (False, True),
     "sparse_select": ("block", "token"),
@@ -138,6 +138,8 @@ def layers(raw: Mapping[str, Any], moe: list[MoESpec | None]) -> tuple[LayerSpec
             if index in sources.values():
                 forced = window if local == "forced" else None
                 options |= {"block_size": block_size, "num_blocks": num_blocks, "forced_window": forced}
+                if (aggregate := _word(raw, "gqa_score_reduce")) != "max":
+                    options["aggregate"] = aggregate
             if index == bridge:
                 options["publishes_input"] = True
             elif bridge is not None and index > bridge:

@@ -95,6 +95,19 @@ HYSPARSE_TINY: dict[str, Any] = HYSPARSE_7B | {
     "vocab_size": 1024,
 }
 
+HYSPARSE_MOE_TINY: dict[str, Any] = {
+    key: value for key, value in HYSPARSE_TINY.items() if key != "intermediate_size"
+} | {
+    "num_hidden_layers": 9,
+    "layer_types": [FULL, SPARSE, SPARSE, SPARSE, FULL, SPARSE, SPARSE, SPARSE, FULL],
+    "num_attention_heads": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+}
+
 HYSPARSE2_TINY: dict[str, Any] = HYSPARSE2_80B | {
     "hidden_size": 64,
     "num_hidden_layers": 8,
@@ -118,6 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hysparse-7b": HYSPARSE_7B,
     "hysparse-80b-a3b": HYSPARSE_80B,
     "hysparse-80b-a3b-h2": HYSPARSE_80B_H2,
+    "hysparse-moe-tiny": HYSPARSE_MOE_TINY,
     "hysparse-tiny": HYSPARSE_TINY,
     "hysparse2-80b-a3b": HYSPARSE2_80B,
     "hysparse2-tiny": HYSPARSE2_TINY,

@@ -24,7 +24,8 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
     """Full attention that publishes its rows, its choice of key blocks, or its input.
 
     Options of the spec: `num_blocks` blocks of `block_size` keys chosen per query (0 or absent: nothing is
-    chosen or lent), `forced_window` newest keys listed besides, `publishes_input`, and `input_from`, the
+    chosen or lent), `forced_window` newest keys listed besides, `aggregate` over a group's heads (`max` or
+    `mean`), `publishes_input`, and `input_from`, the
     layer whose published input the keys and values are projected from.
     """
 
@@ -44,8 +45,8 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
             links.kv[spec.index] = k, v, cu_seqlens_k
             out, links.selections[spec.index] = ops.attention_and_blocks(
                 q, k, v, block_size=options["block_size"], num_blocks=options["num_blocks"],
-                forced_window=options.get("forced_window"), cu_seqlens_q=seq.cu_seqlens,
-                cu_seqlens_k=cu_seqlens_k, sink_N=self.attention_sink_bias,
+                forced_window=options.get("forced_window"), aggregate=options.get("aggregate", "max"),
+                cu_seqlens_q=seq.cu_seqlens, cu_seqlens_k=cu_seqlens_k, sink_N=self.attention_sink_bias,
             )  # fmt: skip
             forced = links.forced_selections.get(spec.index)
             links.selections[spec.index] = replayed_blocks(links.selections[spec.index], forced)

@@ -32,6 +32,7 @@ def attention_and_blocks(
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     sink_N: Tensor | None = None,
+    aggregate: str = "max",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention, and the blocks with the largest attention probability per query and K head.
@@ -41,7 +42,7 @@ def attention_and_blocks(
         k_SKH: keys, every one since the first of each sequence; K divides N.
         v_SKV: values; V may differ from H.
         block_size: keys per block, counted from a sequence's first key; 1 chooses single tokens.
-        num_blocks: blocks chosen by probability, the largest over the block's keys and the group's heads.
+        num_blocks: blocks chosen by probability, the largest over the block's keys.
         forced_window: also list every block that holds one of this many newest keys; such blocks are left out
             of the ranking, so that they take nothing from its budget.
         cu_seqlens_q: int32 [B + 1], offsets of the sequences' queries; first 0, last T.
@@ -49,6 +50,8 @@ def attention_and_blocks(
             than queries is right-aligned: its last query sees its last key.
         scale: multiplier of the scores; 1/sqrt(H) when None.
         sink_N: a logit per query head that joins the softmax without a value; the choice leaves it out.
+        aggregate: how the heads of a group rank a block together: by the `max` of their probabilities, as in
+            the paper, or by their `mean`.
         backend: `auto`, or one of `OP.backends`.
 
     Returns:
@@ -71,6 +74,8 @@ def attention_and_blocks(
             "attention_and_blocks takes a block_size, num_blocks and forced_window of at least 1; got "
             f"{block_size}, {num_blocks}, {forced_window}"
         )
+    if aggregate not in ("max", "mean"):
+        raise ShapeError(f"attention_and_blocks: aggregate {aggregate!r} must be 'max' or 'mean'")
     # Autocast would lower the matrix products inside the backends; scores and sums are float32 by contract.
     with torch.autocast(q_TNH.device.type, enabled=False):
         found: tuple[Tensor, Tensor] = OP(
@@ -84,6 +89,7 @@ def attention_and_blocks(
             cu_seqlens_k=cu_seqlens_k,
             scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
             sink_N=sink_N,
+            aggregate=aggregate,
             backend=backend,
         )
     return found

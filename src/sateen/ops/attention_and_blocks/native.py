@@ -33,6 +33,7 @@ def attention_and_blocks_native(
     cu_seqlens_k: Tensor,
     scale: float,
     sink_N: Tensor | None = None,
+    aggregate: str = "max",
 ) -> tuple[Tensor, Tensor]:
     """See `sateen.ops.attention_and_blocks`; scores and sums in float32.
 
@@ -42,6 +43,6 @@ def attention_and_blocks_native(
     out, _, lists = attention_oracle(
         q_TNH, k_SKH, v_SKV, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=scale, sink_N=sink_N,
         block_size=block_size, columns=num_blocks + recent_blocks(block_size, forced_window),
-        chosen=num_blocks, forced_window=forced_window,
+        chosen=num_blocks, forced_window=forced_window, is_mean=aggregate == "mean",
     )  # fmt: skip
     return out, lists

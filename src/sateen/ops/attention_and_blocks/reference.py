@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,20 @@ def recent_blocks(block_size: int, forced_window: int | None) -> int:
 
 def choose_from_maxima(
     maxima_NTb: Tensor, lse_NT: Tensor, position_T: Tensor, *, num_kv_heads: int, block_size: int,
-    num_blocks: int, forced_window: int | None,
+    num_blocks: int, forced_window: int | None, aggregate: str,
 ) -> Tensor:  # fmt: skip
     """The lists int32 [K, T, n] of `attention_and_blocks`; `position_T` is each query's place in its keys."""
+    settings: dict[str, Any] = {
+        "num_kv_heads": num_kv_heads,
+        "num_blocks": num_blocks,
+        "aggregate": aggregate,
+    }
     if forced_window is None:
-        return select_blocks(maxima_NTb, lse_NT, num_kv_heads=num_kv_heads, num_blocks=num_blocks)
+        return select_blocks(maxima_NTb, lse_NT, **settings)
     first_T = (position_T - forced_window + 1).clamp(min=0) // block_size
     block = torch.arange(maxima_NTb.shape[-1], device=maxima_NTb.device)
     ranked_NTb = maxima_NTb.masked_fill(block >= first_T[:, None], -torch.inf)
-    chosen = select_blocks(ranked_NTb, lse_NT, num_kv_heads=num_kv_heads, num_blocks=num_blocks)
+    chosen = select_blocks(ranked_NTb, lse_NT, **settings)
     touched = torch.arange(recent_blocks(block_size, forced_window), device=maxima_NTb.device)
     recent = first_T[:, None] + touched
     seen = recent <= torch.div(position_T, block_size, rounding_mode="floor")[:, None]
@@ -54,6 +60,7 @@ def attention_and_blocks_reference(
     cu_seqlens_k: Tensor,
     scale: float,
     sink_N: Tensor | None = None,
+    aggregate: str = "max",
 ) -> tuple[Tensor, Tensor]:
     """See `sateen.ops.attention_and_blocks`."""
     out, lse, maxima = attention_reference(
@@ -62,7 +69,7 @@ def attention_and_blocks_reference(
     )  # fmt: skip
     lists = choose_from_maxima(
         maxima, lse, positions(cu_seqlens_q, cu_seqlens_k), num_kv_heads=k_SKH.shape[1],
-        block_size=block_size, num_blocks=num_blocks, forced_window=forced_window,
+        block_size=block_size, num_blocks=num_blocks, forced_window=forced_window, aggregate=aggregate,
     )  # fmt: skip
     return out, lists
 
