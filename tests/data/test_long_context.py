@@ -149,6 +149,26 @@ def test_chains_lead_to_their_value(num_hops, said):
         assert all(places[value] < places[key] for key, value in facts.items() if value in places)
 
 
+@pytest.mark.parametrize("said", ["chain", "value"])
+def test_any_name_of_a_chain_may_be_asked_for(said):
+    task = make(VariableTracking, num_hops=3, num_chains=2, num_queries=5, length=300, answer=said, ask="any")
+    hops = []
+    for seed in range(20):
+        example = task.sample(random.Random(seed))
+        facts = facts_of(example.prompt)
+        questions = [line[2:].split() for line in (example.prompt + example.completion).split("\n")
+                     if line.startswith("? ")]  # fmt: skip
+        assert len({name for name, *_ in questions}) == 5
+        for name, *answer in questions:
+            walked = []
+            while name in facts:
+                name = facts[name]
+                walked.append(name)
+            assert answer == (walked if said == "chain" else walked[-1:])
+            hops.append(len(walked))
+    assert set(hops) == {1, 2, 3}
+
+
 def test_a_chain_is_judged_as_a_whole_and_what_follows_its_line_is_not():
     task = make(VariableTracking)
     example = Example("? b", " a moon", "a moon")
@@ -213,7 +233,12 @@ def test_words_are_single_tokens_of_the_tokenizer():
         (Needle, {"words": WORDS + WORDS}, "are too few or repeat"),
         (VariableTracking, {"num_hops": 0}, "num_hops 0 must be at least 1"),
         (VariableTracking, {"answer": "name"}, "answer 'name' must be 'chain' or 'value'"),
-        (VariableTracking, {"num_chains": 1, "num_queries": 2}, "num_chains 1 at least num_queries 2"),
+        (VariableTracking, {"ask": "first"}, "ask 'first' 'last' or 'any'"),
+        (
+            VariableTracking,
+            {"num_chains": 1, "num_queries": 2},
+            "the 1 names of 1 chains that may be asked for at least num_queries 2",
+        ),
         (CommonWords, {"num_queries": 2}, "one question and no depth"),
         (CommonWords, {"repeats": 3}, "repeats 3 above other_repeats 3"),
     ],

@@ -90,26 +90,31 @@ class VariableTracking(LongTask, name="vt"):
         num_hops: int = 2,
         num_chains: int = 4,
         answer: Literal["chain", "value"] = "chain",
+        ask: Literal["last", "any"] = "last",
         **settings: Any,
     ):
         """A generator of chains.
 
         Args:
             num_hops: names of a chain.
-            num_chains: chains in the text, one for every question at least.
+            num_chains: chains in the text.
             answer: `chain`, every name on the way and the value, or `value` alone, for which a model has to
-                look up `num_hops` times before it says anything.
-            settings: those of `LongTask`; `depth` is that of the name that is asked for.
+                look up as often as there are names on the way before it says anything.
+            ask: for the `last` name of a chain, or for `any` name; no name is asked for twice.
+            settings: those of `LongTask`; `depth` is that of the last name of the first chain.
         """
         super().__init__(**settings)
-        if num_hops < 1 or num_chains < self.num_queries:
+        asked = num_chains * (num_hops if ask == "any" else 1)
+        if num_hops < 1 or asked < self.num_queries:
             raise ConfigError(
-                f"vt: num_hops {num_hops} must be at least 1 and num_chains {num_chains} at least "
-                f"num_queries {self.num_queries}"
+                f"vt: num_hops {num_hops} must be at least 1 and the {asked} names of {num_chains} chains "
+                f"that may be asked for at least num_queries {self.num_queries}"
             )
-        if answer not in ("chain", "value"):
-            raise ConfigError(f"vt: answer {answer!r} must be 'chain' or 'value'")
-        self.num_hops, self.num_chains, self.answer = num_hops, num_chains, answer
+        if answer not in ("chain", "value") or ask not in ("last", "any"):
+            raise ConfigError(
+                f"vt: answer {answer!r} must be 'chain' or 'value', ask {ask!r} 'last' or 'any'"
+            )
+        self.num_hops, self.num_chains, self.answer, self.ask = num_hops, num_chains, answer, ask
         self.chance = len(self.words) ** -float(num_hops if answer == "chain" else 1)
 
     @property
@@ -118,18 +123,23 @@ class VariableTracking(LongTask, name="vt"):
 
     def draw(self, rng: random.Random, words: list[str]) -> tuple[Facts, list[tuple[str, str]], float]:
         keys = self.keys(rng, words, self.num_names)
-        facts, questions, depth = [], [], 0.0
+        facts, asked = [], []  # asked: question, answer, depth of the name
         for i in range(self.num_chains):
             chain = keys[i * (self.num_hops + 1) : (i + 1) * (self.num_hops + 1)]  # the value, then the names
             if is_held_out(f"{chain[1]} {chain[0]}", self.heldout_share) != self.is_heldout:
                 chain[0] = self.value_of(rng, chain[1], [w for w in self.words if w not in keys])
             depths = sorted(rng.random() for _ in range(self.num_hops))  # a name is told after what it means
             if i == 0:
-                depth = depths[-1] = max(depths[-1] if self.depth is None else self.depth, depths[-1])
-            facts += [(f"> {chain[j + 1]} {chain[j]}", depths[j]) for j in range(self.num_hops)]
-            answer = chain[:1] if self.answer == "value" else chain[-2::-1]
-            questions.append((f"? {chain[-1]}", " ".join(answer)))
-        return facts, questions[: self.num_queries], depth
+                depths[-1] = max(depths[-1] if self.depth is None else self.depth, depths[-1])
+            for j in range(1, self.num_hops + 1):
+                facts.append((f"> {chain[j]} {chain[j - 1]}", depths[j - 1]))
+                if self.ask == "any" or j == self.num_hops:
+                    answer = chain[:1] if self.answer == "value" else chain[j - 1 :: -1]
+                    asked.append((f"? {chain[j]}", " ".join(answer), depths[j - 1]))
+        if self.ask == "any":
+            rng.shuffle(asked)
+        asked = asked[: self.num_queries]
+        return facts, [(question, answer) for question, answer, _ in asked], asked[0][2]
 
 
 class CommonWords(LongTask, name="cwe"):
