@@ -62,7 +62,11 @@ def main(
         ConfigError: a task is unknown, there is no text to read, the model has no tokenizer, or the harness
             is not installed; or `receipt` is a folder with another kind of receipt.
     """
-    engine = {"attention": attention, "kv_cache_dtype": kv_cache_dtype, "int8_budget": int8_budget}
+    engine: dict[str, Any] = {
+        "attention": attention,
+        "kv_cache_dtype": kv_cache_dtype,
+        "int8_budget": int8_budget,
+    }
     is_plain = attention == kv_cache_dtype == "auto"
     if receipt is not None and (lm_eval or audio_faces.AUDIO in tasks):
         raise ConfigError("--receipt is for perplexity and verifiable tasks, not for --lm-eval or audio")
