@@ -1,7 +1,8 @@
 """The prompts of `int8_attention.py`: full and half INT8 beside torch's attention, in several goes if needed.
 
 Long prompts take minutes a row, so every round is kept in a file as soon as it is measured. The same command
-goes on where an earlier one was ended, or stopped by `--seconds`; rounds of another revision do not count.
+goes on where an earlier one was ended, or stopped by `--seconds`. Rounds of another revision or number of
+threads do not count.
 """
 
 from __future__ import annotations
@@ -35,18 +36,21 @@ Times = dict[str, list[float]]
 
 
 class Rounds:
-    """What was measured so far at one revision: milliseconds of each side of each row, a value per round.
+    """What was measured so far: milliseconds of each side of each row, a value per round.
 
     Attributes:
         revision: the commit; None for a checkout with changes, whose rounds do not count later.
+        threads: that torch and the kernels use.
         tested: the kernels' tests passed at this revision.
     """
 
     def __init__(self, file: Path, revision: str | None, *, is_dirty: bool):
         self._file, self.revision = file, None if is_dirty else revision
         found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        self.threads = torch.get_num_threads()
         is_same = self.revision is not None and found.get("revision") == self.revision
-        self._rows: dict[str, Times] = found["rows"] if is_same else {}
+        is_alike = is_same and found["threads"] == self.threads
+        self._rows: dict[str, Times] = found["rows"] if is_alike else {}
         self.tested: bool = is_same and found["tested"]
 
     def of(self, what: str) -> Times:
@@ -63,7 +67,8 @@ class Rounds:
     def save(self) -> None:
         """Writes the file."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        table = {"revision": self.revision, "tested": self.tested, "rows": self._rows}
+        table = {"revision": self.revision, "threads": self.threads, "tested": self.tested}
+        table["rows"] = self._rows
         write_atomically(self._file, json.dumps(table) + "\n")
 
 
@@ -111,6 +116,7 @@ def prefill(
                     what, (ours, times[ours]), (peer, times[peer]), unit="ms",
                     bar=BAR.get(H) if counts else None, target=TARGET.get(H) if counts else None,
                     ratio=ratios(times[peer], times[ours]), revision=rounds.revision,
+                    threads=rounds.threads,
                 )
             )  # fmt: skip
             show(rows[-1])

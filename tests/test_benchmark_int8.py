@@ -7,6 +7,7 @@ import json
 import _int8_prefill
 import int8_attention
 import pytest
+import torch
 from _int8_prefill import COMPARED, LONG, Rounds, prefill
 
 
@@ -63,6 +64,16 @@ def test_rounds_of_another_revision_do_not_count(changed, calls, tmp_path):
     assert other.of("8192 tokens, 8 heads of 64, no mask") == {}
     prefill([LONG], [64], 2, other)
     assert len(calls) == 2 * 2 * 5 * 2
+
+
+def test_rounds_on_more_threads_do_not_count(calls, tmp_path, monkeypatch):
+    rounds = rounds_in(tmp_path)
+    rounds.tested = True
+    assert prefill([LONG], [64], 2, rounds)[0]["threads"] == torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    other = rounds_in(tmp_path)
+    assert other.tested
+    assert other.of("8192 tokens, 8 heads of 64, no mask") == {}
 
 
 def test_without_time_no_round_begins_and_short_rows_are_left_out(calls, tmp_path, capsys):
