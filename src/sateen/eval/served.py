@@ -14,7 +14,7 @@ from sateen.errors import ConfigError
 from sateen.eval.perplexity import perplexity
 from sateen.receipt import JSON_NAME, Receipt, hardware, versions
 
-KIND = "evaluation"  # of a receipt's source
+KIND = "evaluated model"  # of a receipt's source
 CHUNK = 1 << 22  # bytes of a file that are hashed at once
 
 
