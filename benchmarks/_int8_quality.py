@@ -27,9 +27,9 @@ ROWS = 256  # of logits at once
 
 # what runs: attention, dtype of the rows
 FORMS = {
-    "float attention, float32 rows": ("auto", torch.float32),
-    "float attention, bfloat16 rows": ("auto", torch.bfloat16),
-    "float attention, int8 rows": ("auto", torch.int8),
+    "float attention, float32 rows": ("float", torch.float32),
+    "float attention, bfloat16 rows": ("float", torch.bfloat16),
+    "float attention, int8 rows": ("float", torch.int8),
     "full INT8, float32 rows": ("int8", torch.float32),
     "full INT8, int8 rows": ("int8", torch.int8),
     "half INT8, float32 rows": ("int8-half", torch.float32),

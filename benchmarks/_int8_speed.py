@@ -1,4 +1,4 @@
-"""The speed part of `int8_attention.py`: prompts beside torch's attention, decoding beside a bfloat16 cache.
+"""The speed part of `int8_attention.py`: decoding beside a bfloat16 cache. Prompts are in `_int8_prefill.py`.
 
 Both sides of a pair start from the same float tensors in their own dtype and layout; quantisation counts.
 Times are processor milliseconds of all threads, which say more than the clock where others use the machine.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,6 @@ from sateen.models.base import ModelConfig
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import LayerLinks
 
-HEADS = 8
-PREFILL_BAR = {64: 1.5, 128: 1.3}  # at 2,048 tokens and more
-PREFILL_TARGET = {64: 2.5, 128: None}
 DECODE_BAR, BANDWIDTH_BAR = 1.5, 0.7
 READ_BYTES = 256 << 20  # far more than a cache holds
 # query heads, key/value heads, channels
@@ -48,43 +44,6 @@ def seconds(run: Callable[[], object]) -> Callable[[int], float]:
 def show(found: dict[str, Any]) -> dict[str, Any]:
     print(line(found), file=sys.stderr, flush=True)
     return found
-
-
-def attentions(N: int, H: int, causal: bool) -> dict[str, Callable[[], object]]:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, HEADS, N, H, generator=generator) for _ in range(3))
-    low = [x.bfloat16() for x in (q, k, v)]
-    return {
-        "sdpa float32": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
-        "sdpa bfloat16": lambda: F.scaled_dot_product_attention(*low, is_causal=causal),
-        "int8 float32": lambda: ops.int8_sdpa(q, k, v, causal=causal),
-        "int8 bfloat16": lambda: ops.int8_sdpa(*low, causal=causal),
-        "half float32": lambda: ops.int8_sdpa(q, k, v, causal=causal, pv="float"),
-    }
-
-
-def prefill(tokens: list[int], channels: list[int], pairs: int) -> list[dict[str, Any]]:
-    """Rows of full and half INT8 against torch in float32 and bfloat16."""
-    rows = []
-    for H, N, causal in product(channels, tokens, (False, True)):
-        times = interleave({name: seconds(run) for name, run in attentions(N, H, causal).items()}, pairs)
-        for ours, peer in (
-            ("int8 float32", "sdpa float32"),
-            ("int8 bfloat16", "sdpa bfloat16"),
-            ("half float32", "sdpa float32"),
-        ):
-            counts = ours != "half float32" and N >= 2048
-            what = f"{N} tokens, {HEADS} heads of {H}, {'causal' if causal else 'no mask'}"
-            rows.append(
-                row(
-                    what, (ours, times[ours]), (peer, times[peer]), unit="ms",
-                    bar=PREFILL_BAR.get(H) if counts else None,
-                    target=PREFILL_TARGET.get(H) if counts else None,
-                    ratio=ratios(times[peer], times[ours]),
-                )
-            )  # fmt: skip
-            show(rows[-1])
-    return rows
 
 
 def cached_step(model: Decoder, context: int, dtype: torch.dtype) -> Callable[[], object]:

@@ -1,23 +1,30 @@
 """INT8 attention: errors against float64 attention, and speed against torch's attention and a bfloat16 cache.
 
-    sateen bench int8-attention --model DIR --tokens 1024 2048 4096 --context 8192 32768
+    sateen bench int8-attention --model DIR
+    sateen bench int8-attention --only prefill --tokens 16384 --channels 128 --seconds 60
 
 Errors are of random queries, keys and values [1, 4, 1024, 64] without a mask, as in the INT-FlashAttention
 paper (arXiv 2409.16997), of two inputs that are closer to language models, and, with `--model`, of what a
 model's own attention gets when it reads Python's documentation, causal. The FP8 rows are simulations in
-torch: what is cast rounds as FP8 does, sums are float32. The speed part is `_int8_speed.py`; the kernels'
-tests run before it.
+torch: what is cast rounds as FP8 does, sums are float32. The speed parts are `_int8_prefill.py` and
+`_int8_speed.py`; the kernels' tests run before them. All prompts take about 25 minutes on an idle core,
+those of 16,384 tokens most of it: rounds are kept, and a run that was ended goes on when it is started
+again. With `--only` the other parts of the result file stay as they are, and so do other prompts' rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import _int8_prefill
 import _int8_quality
 import _int8_speed
 import torch
@@ -33,6 +40,16 @@ from sateen.receipt.machine import hardware, versions
 
 TESTS = [ROOT / "tests" / "ops" / f"test_int8_attention{part}.py" for part in ("", "_native")]
 TESTS += [ROOT / "tests" / "engine" / "native" / "test_step.py"]
+PARTS = ("errors", "prefill", "decode", "steps", "quality")
+SCRIPTS = [
+    f"benchmarks/{name}.py" for name in ("int8_attention", "_int8_prefill", "_int8_speed", "_int8_quality")
+]
+ROUNDS = ROOT / "build" / "int8-attention-rounds.json"
+HEADER = {
+    "what": "errors against float64 attention, mean over seeds or layers; MRE = mean |o - o_ref| / "
+    "(|o_ref| + 1e-5) over the whole output; speed in processor milliseconds, quantisation included; "
+    "ratio = peer / ours",
+}
 # INT-FlashAttention's abstract and section 4: how much smaller its mean relative error is than its baseline's
 SMALLER = {"uniform": 0.82, "normal": 0.46}
 
@@ -192,51 +209,83 @@ def main() -> int:
         help="of decoding; none skips it",
     )
     parser.add_argument("--pairs", type=int, default=9, help="of each comparison (default: %(default)s)")
+    parser.add_argument(
+        "--only", choices=PARTS, nargs="+", default=PARTS, metavar="PART",
+        help=f"of {', '.join(PARTS)}; the others stay in the result file as they are (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="begin no round of prompts later; the same command goes on"
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/int8-attention-CPU.json")
     options = parser.parse_args()
-    if options.tokens or options.context:
+    out = options.out or result_file("int8-attention")
+    dirty = is_dirty("native", "src/sateen/ops", "src/sateen/engine", *SCRIPTS)
+    rounds = _int8_prefill.Rounds(ROUNDS, revision(), is_dirty=dirty)
+    speed = {"prefill": options.tokens, "decode": options.context, "steps": options.context and options.model}
+    if any(speed[part] for part in speed if part in options.only) and not rounds.tested:
         tests = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", *TESTS], capture_output=True, cwd=ROOT, check=False
         )
         if tests.returncode:
             print("int8_attention.py: the kernels' tests fail, so their speed means nothing", file=sys.stderr)
             return 1
+        rounds.tested = True
+        rounds.save()
+    document = HEADER | {
+        "hardware": {**hardware(), "threads": torch.get_num_threads(), "isa": native().current_isa()},
+        "versions": versions(),
+        "heads": HEADS,
+        "head_dim": CHANNELS,
+    }
+    old = json.loads(out.read_text()) if out.is_file() else {}
+    measured = {"command": f"sateen bench int8-attention {' '.join(sys.argv[1:])}".strip()}
+    measured |= {"revision": revision(), "is_dirty": dirty}
+    if len(options.only) == len(PARTS):
+        document |= measured
+    elif old.get("hardware", {}).get("cpu") == document["hardware"]["cpu"]:
+        document = old | document
+    for part in options.only:
+        found = measure(part, options, rounds)
+        for name, rows in found.items():
+            document[name] = merged(document.get(name, []), rows) if part == "prefill" else rows
+        document.setdefault("parts", {})[part] = measured
+    publish(document, out)
+    return 0
+
+
+def measure(part: str, options: argparse.Namespace, rounds: _int8_prefill.Rounds) -> dict[str, Any]:
+    """The entries of one part of `PARTS` in the result file."""
+    if part == "prefill":
+        rows = _int8_prefill.prefill(options.tokens, options.channels, options.pairs, rounds, options.seconds)
+        return {"prefill": rows}
+    if part == "decode":
+        return {"decode": _int8_speed.decode(options.context, options.pairs)}
+    if part == "steps":
+        return {"whole_steps": _int8_speed.whole_steps(options.model, options.context, options.pairs)}
+    if part == "quality":
+        return {"quality": _int8_quality.quality(options.model)}
     data = {
         name: [make(TOKENS, torch.Generator().manual_seed(seed)) for seed in range(options.seeds)]
         for name, (_, make) in INPUTS.items()
     }
+    inputs = {name: words for name, (words, _) in INPUTS.items()}
     if options.model:
         data["model"] = captured(options.model)
-    results = error_rows(data)
-    document = {
-        "what": "errors against float64 attention, mean over seeds or layers; MRE = mean |o - o_ref| / "
-        "(|o_ref| + 1e-5) over the whole output; speed in processor milliseconds, quantisation included; "
-        "ratio = peer / ours",
-        "command": f"sateen bench int8-attention {' '.join(sys.argv[1:])}".strip(),
-        "hardware": {**hardware(), "threads": torch.get_num_threads(), "isa": native().current_isa()},
-        "versions": versions(),
-        "revision": revision(),
-        "is_dirty": is_dirty(
-            "native",
-            "src/sateen/ops",
-            "src/sateen/engine",
-            "benchmarks/_int8_quality.py",
-            "benchmarks/int8_attention.py",
-            "benchmarks/_int8_speed.py",
-        ),
-        "heads": HEADS,
-        "head_dim": CHANNELS,
-        "inputs": {name: words for name, (words, _) in INPUTS.items()}
-        | {"model": f"{CAPTURED_LAYERS} layers of {options.model.name}, causal" if options.model else None},
-        "errors": results,
-        "limits": error_limits(results),
-        "prefill": _int8_speed.prefill(options.tokens, options.channels, options.pairs),
-        "decode": _int8_speed.decode(options.context, options.pairs),
-        "whole_steps": _int8_speed.whole_steps(options.model, options.context, options.pairs),
-        "quality": _int8_quality.quality(options.model),
-    }
-    publish(document, options.out or result_file("int8-attention"))
-    return 0
+        inputs["model"] = f"{CAPTURED_LAYERS} layers of {options.model.name}, causal"
+    errors = error_rows(data)
+    return {"inputs": inputs, "errors": errors, "limits": error_limits(errors)}
+
+
+def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The new rows, and the old ones of comparisons that are not among them, by channels and tokens."""
+
+    def key(one: dict[str, Any]) -> tuple[str, str]:
+        return one["what"], one["ours"]["name"]
+
+    rows = {key(one): one for one in old} | {key(one): one for one in new}
+    return sorted(
+        rows.values(), key=lambda one: [int(word) for word in re.findall(r"\d+", one["what"])][::-2]
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,14 @@ struct AttentionShape {
     int num_threads;
 };
 
+// Keys and values of 16 bits; `AttentionShape` has their strides.
+struct HalfRows {
+    const unsigned short *k = nullptr, *v = nullptr;  // null: they are floats
+    bool is_bf16 = false;                             // else float16
+};
+
 struct AttentionForward : AttentionShape {
+    HalfRows half;
     float* out;                     // [T, N, V]
     float* lse;                     // [N, T], without the sink
 };

@@ -66,9 +66,10 @@ SATEEN_INLINE void fold_few_rows(const AttentionShape& p, const Tile& tile, RowA
 }
 
 // Attends to keys [from, to) of one tile of at most kFewRows rows; `top`, `sum` [rows] and `out` [rows, V] are set.
-// `query(i)` is row i's channels; q and memory are scratch of [rows, H] and [rows, kFewRowsKeys].
-template <typename RowAt>
-void attend_few_rows(const AttentionShape& p, const Tile& tile, RowAt query, long k0, long head, long from, long to, float* q,
+// `query(i)` is row i's channels, `rows_of(begin, end)` a shape whose first keys and values of head 0 are these; q and scores
+// are scratch of [rows, H] and [rows, kFewRowsKeys].
+template <typename RowAt, typename RowsOf>
+void attend_few_rows(const AttentionShape& p, const Tile& tile, RowAt query, RowsOf rows_of, long from, long to, float* q,
                      float* scores, float* top, float* sum, float* out) {
     const long rows = tile.last - tile.first;
     for (long i = 0; i < rows; ++i) {
@@ -79,7 +80,7 @@ void attend_few_rows(const AttentionShape& p, const Tile& tile, RowAt query, lon
     const auto scaled = [&](long i) { return q + i * p.H; };
     for (long begin = from; begin < to; begin += kFewRowsKeys) {
         const long end = begin + kFewRowsKeys < to ? begin + kFewRowsKeys : to;
-        fold_few_rows(p, tile, scaled, k0, head, begin, end, scores, top, sum, out);
+        fold_few_rows(rows_of(begin, end), tile, scaled, -begin, 0, begin, end, scores, top, sum, out);
     }
 }
 

@@ -6,6 +6,7 @@
 #include "attention_decode.h"
 #include "attention_rows.h"
 #include "gemm.h"
+#include "numbers.h"
 
 #include <math.h>
 #include <string.h>
@@ -59,12 +60,33 @@ inline void online_softmax(const Tile& tile, State& state, float* scores, long k
     }
 }
 
+// Keys and values [begin, end) of one head as floats: where they lie, or widened into `memory`, one after another. A
+// cache in half precision is never widened as a whole, which would cost more than attention of a few queries.
+struct FloatRows {
+    Rows k, v;
+
+    static long size(const AttentionForward& p, long keys) { return p.half.k ? keys * (p.H + p.V) : 0; }
+
+    FloatRows(const AttentionForward& p, long head, long begin, long end, float* memory) {
+        if (!p.half.k) {
+            k = {p.k.at(begin, head), p.k.token_stride, 0}, v = {p.v.at(begin, head), p.v.token_stride, 0};
+            return;
+        }
+        const Format format = p.half.is_bf16 ? Format::bf16 : Format::f16;
+        k = {memory, p.H, 0}, v = {memory + (end - begin) * p.H, p.V, 0};
+        widen_rows(format, p.half.k + head * p.k.head_stride + begin * p.k.token_stride, p.k.token_stride, end - begin, p.H,
+                   memory, p.H);
+        widen_rows(format, p.half.v + head * p.v.head_stride + begin * p.v.token_stride, p.v.token_stride, end - begin, p.V,
+                   memory + (end - begin) * p.H, p.V);
+    }
+};
+
 // Folds keys [begin, end) into a tile's state; `q` is [H, kLanes], already times scale * log2(e).
-void attend(const AttentionForward& p, const Tile& tile, State& state, const float* q, const float* k, const float* v,
-            long begin, long end, float* scores) {
+void attend(const AttentionForward& p, const Tile& tile, State& state, const float* q, const float* k, long k_stride,
+            const float* v, long begin, long end, float* scores) {
     alignas(64) float factor[kLanes];
     const long keys = end - begin, lanes = round_up(tile.last - tile.first, W);
-    multiply<false, Into::zero>({k, p.k.token_stride, q, kLanes, scores, kLanes}, keys, lanes, p.H);
+    multiply<false, Into::zero>({k, k_stride, q, kLanes, scores, kLanes}, keys, lanes, p.H);
     if (tile.masked(begin, end))
         online_softmax<true>(tile, state, scores, begin, keys, lanes, factor);
     else
@@ -144,8 +166,8 @@ struct Part {
 void run_tiles(const AttentionForward& p, const Sequence& s, const Tile* tiles, long count, const Task& task, const Part& keys,
                float* states) {
     const long group = p.N / p.K;
-    float* const q = scratch.take(kTiles * p.H * kLanes + kKeys * kLanes + kKeys * p.V);
-    float *const scores = q + kTiles * p.H * kLanes, *const v = scores + kKeys * kLanes;
+    float* const q = scratch.take(kTiles * p.H * kLanes + kKeys * kLanes + kKeys * p.V + FloatRows::size(p, kKeys));
+    float *const scores = q + kTiles * p.H * kLanes, *const v = scores + kKeys * kLanes, *const memory = v + kKeys * p.V;
     for (long i = 0; i < count; ++i) {
         const long row = tiles[i].first;
         const auto query = [&](long j) { return p.q.at(s.q0 + (row + j) / group, task.head * group + (row + j) % group); };
@@ -153,14 +175,15 @@ void run_tiles(const AttentionForward& p, const Sequence& s, const Tile* tiles, 
     }
     for (long key = keys.from; key < keys.to; key += kKeys) {
         const long stop = key + kKeys < keys.to ? key + kKeys : keys.to;
+        const FloatRows rows(p, task.head, s.k0 + key, s.k0 + stop, memory);
         // Values are read down a column of kKeys rows; rows a power of two apart would evict each other from the cache.
-        for (long j = key; j < stop; ++j) memcpy(v + (j - key) * p.V, p.v.at(s.k0 + j, task.head), p.V * sizeof(float));
+        for (long j = key; j < stop; ++j) memcpy(v + (j - key) * p.V, rows.v.at(j - key, 0), p.V * sizeof(float));
         for (long i = 0; i < count; ++i) {
             const long begin = key > tiles[i].low ? key : tiles[i].low, end = stop < tiles[i].high ? stop : tiles[i].high;
             if (begin >= end) continue;
             State state(states + i * State::size(p.V));
-            attend(p, tiles[i], state, q + i * p.H * kLanes, p.k.at(s.k0 + begin, task.head), v + (begin - key) * p.V, begin, end,
-                   scores);
+            attend(p, tiles[i], state, q + i * p.H * kLanes, rows.k.at(begin - key, 0), rows.k.token_stride,
+                   v + (begin - key) * p.V, begin, end, scores);
         }
     }
 }
@@ -169,11 +192,17 @@ void run_tiles(const AttentionForward& p, const Sequence& s, const Tile* tiles, 
 void run_few_rows(const AttentionForward& p, const Sequence& s, const Tile& tile, const Task& task, const Part& keys,
                   State state) {
     const long group = p.N / p.K, rows = tile.last - tile.first;
-    float* const q = scratch.take(kFewRows * (p.H + kFewRowsKeys + p.V + 2));
+    float* const q = scratch.take(kFewRows * (p.H + kFewRowsKeys + p.V + 2) + FloatRows::size(p, kFewRowsKeys));
     float *const scores = q + kFewRows * p.H, *const out = scores + kFewRows * kFewRowsKeys, *const top = out + kFewRows * p.V;
-    float* const sum = top + kFewRows;
+    float *const sum = top + kFewRows, *const memory = sum + kFewRows;
     const auto query = [&](long i) { return p.q.at(s.q0 + i / group, task.head * group + i % group); };
-    attend_few_rows(p, tile, query, s.k0, task.head, keys.from, keys.to, q, scores, top, sum, out);
+    const auto rows_of = [&](long begin, long end) {
+        const FloatRows rows(p, task.head, s.k0 + begin, s.k0 + end, memory);
+        AttentionShape shape = p;
+        shape.k = rows.k, shape.v = rows.v;
+        return shape;
+    };
+    attend_few_rows(p, tile, query, rows_of, keys.from, keys.to, q, scores, top, sum, out);
     for (long i = 0; i < rows; ++i) {
         state.top[i] = top[i], state.sum[i] = sum[i];
         for (long c = 0; c < p.V; ++c) state.out[c * kLanes + i] = out[i * p.V + c];

@@ -30,6 +30,7 @@ void bind_int8(nb::module_& m);    // bindings_int8.cpp
 namespace {
 
 using Array3 = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+using Half3 = nb::ndarray<const unsigned short, nb::ndim<3>, nb::device::cpu>;
 using Array2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Array1 = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Dense3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
@@ -46,6 +47,12 @@ sateen::Rows rows(const Array3& x) {
     return {x.data(), long(x.stride(0)), long(x.stride(1))};
 }
 
+// The strides alone: the numbers have 16 bits.
+sateen::Rows rows(const Half3& x) {
+    require(x.stride(2) == 1 || x.shape(2) <= 1 || x.size() == 0, "channels must be contiguous");
+    return {nullptr, long(x.stride(0)), long(x.stride(1))};
+}
+
 bool has_shape(const auto& x, size_t a, size_t b, size_t c) {
     return x.shape(0) == a && x.shape(1) == b && x.shape(2) == c;
 }
@@ -56,7 +63,7 @@ void require_offsets(const Offsets& cu, size_t end) {
     require(size_t(cu.data()[cu.shape(0) - 1]) == end, "offsets end at the number of tokens");
 }
 
-void fill(sateen::AttentionShape& p, const Array3& q, const Array3& k, const Array3& v, const Offsets& cu_q,
+void fill(sateen::AttentionShape& p, const Array3& q, const auto& k, const auto& v, const Offsets& cu_q,
           const Offsets& cu_k, const std::optional<Array1>& sink, double scale, long window, int num_threads) {
     p.q = rows(q), p.k = rows(k), p.v = rows(v);
     p.T = long(q.shape(0)), p.N = long(q.shape(1)), p.H = long(q.shape(2));
@@ -73,16 +80,29 @@ void fill(sateen::AttentionShape& p, const Array3& q, const Array3& k, const Arr
     p.scale = float(scale), p.window = window > 0 ? window : 0, p.num_threads = num_threads;
 }
 
-void attention_forward(const Array3& q, const Array3& k, const Array3& v, const Offsets& cu_q, const Offsets& cu_k,
-                       const std::optional<Array1>& sink, double scale, long window, int num_threads, Dense3& out,
-                       Dense2& lse) {
-    sateen::AttentionForward p;
-    fill(p, q, k, v, cu_q, cu_k, sink, scale, window, num_threads);
+void run_attention_forward(sateen::AttentionForward& p, Dense3& out, Dense2& lse) {
     require(has_shape(out, p.T, p.N, p.V), "out is [T, N, V]");
     require(lse.shape(0) == size_t(p.N) && lse.shape(1) == size_t(p.T), "lse is [N, T]");
     p.out = out.data(), p.lse = lse.data();
     nb::gil_scoped_release release;
     SATEEN_DISPATCH(attention_forward, p);
+}
+
+void attention_forward(const Array3& q, const Array3& k, const Array3& v, const Offsets& cu_q, const Offsets& cu_k,
+                       const std::optional<Array1>& sink, double scale, long window, int num_threads, Dense3& out,
+                       Dense2& lse) {
+    sateen::AttentionForward p;
+    fill(p, q, k, v, cu_q, cu_k, sink, scale, window, num_threads);
+    run_attention_forward(p, out, lse);
+}
+
+void attention_forward_half(const Array3& q, const Half3& k, const Half3& v, bool is_bf16, const Offsets& cu_q,
+                            const Offsets& cu_k, const std::optional<Array1>& sink, double scale, long window,
+                            int num_threads, Dense3& out, Dense2& lse) {
+    sateen::AttentionForward p;
+    fill(p, q, k, v, cu_q, cu_k, sink, scale, window, num_threads);
+    p.half = {k.data(), v.data(), is_bf16};
+    run_attention_forward(p, out, lse);
 }
 
 void attention_backward(const Array3& d_out, const Array3& q, const Array3& k, const Array3& v, const Offsets& cu_q,
@@ -154,6 +174,9 @@ NB_MODULE(_native, m) {
     m.def("attention_forward", &attention_forward, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("cu_q"),
           nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("scale"), nb::arg("window"), nb::arg("num_threads"),
           nb::arg("out"), nb::arg("lse"));
+    m.def("attention_forward_half", &attention_forward_half, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("is_bf16"),
+          nb::arg("cu_q"), nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("scale"), nb::arg("window"),
+          nb::arg("num_threads"), nb::arg("out"), nb::arg("lse"));
     m.def("attention_backward", &attention_backward, nb::arg("d_out"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
           nb::arg("cu_q"), nb::arg("cu_k"), nb::arg("sink").none(), nb::arg("out"), nb::arg("lse"), nb::arg("scale"),
           nb::arg("window"), nb::arg("num_threads"), nb::arg("d_q"), nb::arg("d_k"), nb::arg("d_v"), nb::arg("d_sink"));

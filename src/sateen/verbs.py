@@ -87,13 +87,23 @@ def _modes(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=("auto", "int8", "int4", "fairy2"), default="auto",
         help="as stored, rounded to 8 or 4 bits, or complex two-bit masters packed (default: %(default)s)",
     )  # fmt: skip
+    _caches(parser)
+
+
+def _caches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--attention", choices=("auto", "int8", "int8-half"), default="auto",
-        help="floating point, integer products, or those for the scores alone (default: %(default)s)",
+        "--attention", choices=("auto", "float", "int8", "int8-half"), default="auto",
+        help="floating point, integer products, or those for the scores alone; auto takes integer products "
+        "over int8 keys and values (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "fp32", "bf16", "fp16", "int8"), default="auto",
         help="of cached keys and values; auto is the model's (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--int8-budget", type=_positive, default=0.05, metavar="E",
+        help="layers whose integer attention errs more, as a relative L2 error on a short text, compute in "
+        "floating point (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -179,6 +189,10 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=_count, metavar="N", help="questions per harness task (all)")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each (the task's own)")
     parser.add_argument("--include-path", metavar="DIR", help="a folder with harness tasks of your own")
+    _caches(parser)
+    parser.add_argument(
+        "--receipt", metavar="DIR", help="a folder for receipt.json and RECEIPT.md of all this (none)"
+    )
     _json(parser)
 
 
@@ -356,7 +370,8 @@ VERBS: dict[str, Verb] = {
     ),
     "serve": Verb(
         "sateen.engine.server.faces:serve", "answer over HTTP: OpenAI's interface and a chat page", _serve,
-        ("serve runs/demo", "serve runs/demo --port 0 --api-key SECRET --max-num-seqs 32"),
+        ("serve runs/demo", "serve runs/demo --port 0 --api-key SECRET --max-num-seqs 32",
+         "serve runs/demo --kv-cache-dtype int8 --int8-budget 0.03"),
     ),
     "inspect": Verb(
         "sateen.checkpoint.inspect:main", "layers, parameters, bytes and cache sizes of a model", _inspect,
@@ -374,6 +389,7 @@ VERBS: dict[str, Verb] = {
         "sateen.eval.faces:main", "perplexity and verifiable tasks", _eval,
         ("eval runs/demo", "eval runs/demo --tasks perplexity,recall,sums --json",
          "eval runs/demo --tasks needle,multikey,vt,cwe --length 256,1024",
+         "eval runs/demo --kv-cache-dtype int8 --int8-budget 0.03 --receipt runs/demo-int8",
          "eval runs/demo --lm-eval arc_easy,hellaswag --limit 100"),
     ),
     "data": Verb(

@@ -68,6 +68,10 @@ def test_int8_flags_reach_the_engine(folder, capsys, monkeypatch):
     assert main([*words, "--kv-cache-dtype", "int8"]) == 0
     assert capsys.readouterr().out == "qrstuv\n"
     assert (made[0].cache.attention, made[0].cache.dtype) == ("int8", torch.int8)
+    assert main([*words, "--kv-cache-dtype", "int8", "--int8-budget", "1e-9", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["int8_attention"]
+    assert told["budget"] == 1e-9
+    assert told["float_layers"] == list(told["errors"]) != []
 
 
 def test_chat_over_a_pipe(folder, capsys, monkeypatch):

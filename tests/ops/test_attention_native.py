@@ -207,6 +207,44 @@ def test_half_precision_is_converted_and_differentiable(dtype):
         assert (ours - theirs).abs().max() < 2 * step * theirs.abs().max()
 
 
+HALF_CASES = [  # queries, keys, shape, window: few rows with whole and broken vectors, tiles, and both
+    ([1], [300], (4, 2, 64, 64), None),
+    ([3, 1], [270, 1], (8, 1, 32, 48), 100),
+    ([1, 2], [66, 130], (4, 2, 40, 24), None),
+    ([70, 5], [200, 64], (6, 2, 64, 40), 90),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case_number", range(len(HALF_CASES)))
+def test_half_precision_caches_are_read_as_they_lie(case_number, dtype, monkeypatch):
+    """Rows of a larger tensor, with gaps; the whole is never converted."""
+    lengths_q, lengths_k, shape, window = HALF_CASES[case_number]
+    q, k, v, sink, _ = (x.to(dtype) for x in case(lengths_q, lengths_k, shape))
+    cu_q, cu_k = [0, *accumulate(lengths_q)], [0, *accumulate(lengths_k)]
+    want, want_lse = dense(*(x.double() for x in (q, k, v)), cu_q, cu_k, window, sink.double())
+    pools = [torch.full((3 * len(x), x.shape[1] + 1, x.shape[2] + 8), torch.nan, dtype=dtype) for x in (k, v)]
+    gaps = [pool[1::3, 1:, 8:] for pool in pools]
+    for rows, x in zip(gaps, (k, v), strict=True):
+        rows.copy_(x)
+    widened, widen = [], torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: widened.append(x.shape) or widen(x))
+    out, lse = attention_native(
+        q, *gaps, cu_seqlens_q=torch.tensor(cu_q), cu_seqlens_k=torch.tensor(cu_k), window=window,
+        sink_N=sink, return_lse=True,
+    )  # fmt: skip
+    assert widened == [sink.shape, q.shape]
+    assert out.dtype == dtype
+    assert (out - want).abs().max() < torch.finfo(dtype).eps * want.abs().max()
+    assert (lse - want_lse).abs().max() < 1e-4
+    whole = attention_native(
+        q.float(), k.float(), v.float(), cu_seqlens_q=torch.tensor(cu_q), cu_seqlens_k=torch.tensor(cu_k),
+        window=window, sink_N=sink,
+    )  # fmt: skip
+    assert torch.equal(out, whole.to(dtype))
+
+
 @needs_kernels
 def test_the_public_call_chooses_it_and_compiles_without_a_graph_break():
     q, k, v, sink, _ = (x.float().requires_grad_() for x in case([30, 40], [30, 40], (4, 2, 32, 16)))

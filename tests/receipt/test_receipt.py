@@ -173,6 +173,37 @@ def test_markdown_shows_every_number_in_a_table() -> None:
     assert "```sh\nsateen eval runs/demo\n```" in text
 
 
+INT8 = {
+    "attention": "int8",
+    "kv_cache_dtype": "int8",
+    "budget": 0.05,
+    "probe_tokens": 512,
+    "errors": {"model.layers.0.self_attn": 0.0123, "model.layers.1.self_attn": 0.0789},
+    "float_layers": ["model.layers.1.self_attn"],
+}
+
+
+def test_layers_that_fall_back_are_named_with_their_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    receipt = Receipt.from_json(changed("quality.int8_attention", INT8))
+    assert receipt.quality["int8_attention"] == INT8
+    assert Receipt.from_json(receipt.to_json()) == receipt
+    lines = receipt.to_markdown().splitlines()
+    assert "| model.layers.0.self_attn | 0.0123 | integers |" in lines
+    assert "| model.layers.1.self_attn | 0.0789 | floating point |" in lines
+    assert "| int8 attention: largest error of a layer | 0.0789 | - | - | - |" in lines
+    assert any("budget of 0.05" in line and line.endswith(": model.layers.1.self_attn.") for line in lines)
+    none = Receipt.from_json(changed("quality.int8_attention", INT8 | {"float_layers": []}))
+    assert "floating point: none." in none.to_markdown()
+    receipt.write(tmp_path)
+    assert main(str(tmp_path), str(tmp_path), json=True) == 0
+    rows = {row["what"]: row["first"] for row in json.loads(capsys.readouterr().out)}
+    assert rows["int8 attention: layers in floating point"] == 1
+    assert "errors.a should be a number" in refusal(changed("quality.int8_attention", {"errors": {"a": "b"}}))
+    assert "did you mean budget?" in refusal(changed("quality.int8_attention", {"buget": 1}))
+
+
 def test_markdown_of_nothing_measured_says_so() -> None:
     text = Receipt(source={"kind": "preset", "path": "tiny"}).to_markdown()
     assert text.startswith("# Receipt\n\nMade from preset `tiny`.\n")

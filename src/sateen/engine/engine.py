@@ -17,7 +17,7 @@ from sateen.engine.cache.prefix import prefix_cache_for
 from sateen.engine.cache.sizing import sized_cache
 from sateen.engine.contract import Engine, Prompt, WeightUpdate, copy_weights
 from sateen.engine.drafts.length import DraftLength
-from sateen.engine.int8_layers import BUDGET, PROBE_TEXT, choose_layers
+from sateen.engine.int8_layers import ATTENTION, BUDGET, PROBE_TEXT, choose_attention, warn_if_slow
 from sateen.engine.intake import Intake, find_tokenizer
 from sateen.engine.limits import Limits, check_deadline
 from sateen.engine.request import RequestOutput, SamplingParams, StreamChunk
@@ -30,8 +30,6 @@ from sateen.engine.weights import check_weights, load_serving, new_tensors
 from sateen.engine.work import Work
 from sateen.errors import ConfigError, unknown_name
 from sateen.models.decoder import Decoder
-
-ATTENTION = ("auto", "int8", "int8-half")
 
 __all__ = ["LLM", "Engine", "EngineStats", "StreamChunk", "WeightUpdate"]
 
@@ -84,9 +82,10 @@ class LLM:
             draft: `mtp` drafts with all of the model's heads, `none` does not. `auto` drafts where there are
                 heads and, but for seeded sampling, as far as it pays by the engine's own measurements; the
                 tokens of sampling without a seed then depend on them.
-            attention: `auto` computes over cached rows in floating point, `int8` with integer products,
+            attention: over cached rows, `float` computes in floating point, `int8` with integer products,
                 `int8-half` with integers only for the scores; both are for layers of full and sliding
-                attention, and models with others are refused. `score` has no cache and always computes in
+                attention, and models with others are refused. `auto` is `int8` over int8 rows, where that is
+                possible and the faster form, and else `float`. `score` has no cache and always computes in
                 floating point.
             weights: `auto` as stored; `int8` and `int4` round the linear layers of a floating-point model to
                 eight or four bits and their inputs to int8, the output matrix to int8 with both, and keep the
@@ -97,7 +96,7 @@ class LLM:
                 torch.
             kv_cache_dtype: `auto` (the model's), `fp32`, `bf16`, `fp16`, or `int8` with a scale per token and
                 head.
-            int8_budget: with `int8` or `int8-half`, layers whose attention errs more than this on a short
+            int8_budget: where attention computes with integers, layers that err more than this on a short
                 text, as a relative L2 error, compute in floating point; `stats` names them.
             dtype: of the weights; as stored when None. Not for a decoder object.
             device: where to load; not for a decoder object.
@@ -161,12 +160,14 @@ class LLM:
                 "use kv_offload=False"
             )
         self.cache = sized_cache(
-            model, num_draft=self.num_draft, kv_cache_dtype=kv_cache_dtype, attention=attention,
+            model, num_draft=self.num_draft, kv_cache_dtype=kv_cache_dtype,
+            attention="float" if attention == "auto" else attention,
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_memory_bytes=kv_memory_bytes,
             num_pages=num_pages, offloads=kv_offload,
         )  # fmt: skip
-        self._int8_budget = int8_budget
-        self._choose_int8_layers()
+        self._attention, self._int8_budget = attention, int8_budget
+        self._choose_attention()
+        warn_if_slow(attention, self.cache)
         self.max_model_len = self.cache.max_model_len
         num_tokens = self.tokenizer.vocab_size if self.tokenizer is not None else config.vocab_size
         self.runner = Runner(
@@ -186,9 +187,11 @@ class LLM:
         self._work = Work(model, self.scheduler, self.runner, self._limits, self.draft_length)
         self._intake = Intake(model, self.tokenizer, self.max_model_len, seed)
 
-    def _choose_int8_layers(self) -> None:
+    def _choose_attention(self) -> None:
         probe = self.tokenizer.encode(PROBE_TEXT) if self.tokenizer is not None else None
-        self._int8_layers = choose_layers(self.model, self.cache, probe, self._int8_budget)
+        self._int8_layers = choose_attention(
+            self._attention, self.model, self.cache, probe, self._int8_budget
+        )
 
     def generate(
         self,
@@ -303,7 +306,7 @@ class LLM:
         source = new_tensors(self.model, self._weights, self._trained, update.source)
         if source is not None:
             copy_weights(self.model, source)
-        self._choose_int8_layers()
+        self._choose_attention()
         self._work.weights_version = update.version
         self.scheduler.restart_all()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sateen.data.tokenizer import Tokenizer
 from sateen.engine.engine import LLM
+from sateen.engine.int8_layers import BUDGET
 from sateen.engine.request import SamplingParams
 from sateen.errors import ConfigError, RequestError
 
@@ -25,6 +26,7 @@ def generate(
     weights: str = "auto",
     attention: str = "auto",
     kv_cache_dtype: str = "auto",
+    int8_budget: float = BUDGET,
     json: bool = False,
 ) -> None:
     """Prints the continuation of a text as it comes, or one JSON object with `json`.
@@ -33,7 +35,7 @@ def generate(
         ConfigError: the model has no tokenizer.
         RequestError: the prompt or a setting cannot be served.
     """
-    llm, _ = _load(model, draft, weights, attention, kv_cache_dtype)
+    llm, _ = _load(model, draft, weights, attention, kv_cache_dtype, int8_budget)
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     if json:
         output = llm.generate(prompt, params)[0]
@@ -66,6 +68,7 @@ def chat(
     weights: str = "auto",
     attention: str = "auto",
     kv_cache_dtype: str = "auto",
+    int8_budget: float = BUDGET,
 ) -> None:
     """Answers the lines of stdin, one turn each, in the tokenizer's own chat template.
 
@@ -73,7 +76,7 @@ def chat(
         ConfigError: the model has no tokenizer, or that has no chat template.
         RequestError: a setting cannot be served.
     """
-    llm, tokenizer = _load(model, draft, weights, attention, kv_cache_dtype)
+    llm, tokenizer = _load(model, draft, weights, attention, kv_cache_dtype, int8_budget)
     _ = tokenizer.template  # a missing template is told before the first question
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     messages: list[dict[str, Any]] = []
@@ -120,13 +123,16 @@ def _answer(llm: LLM, tokenizer: Tokenizer, messages: list[dict[str, Any]], para
     return said
 
 
-def _load(model: str, draft: str, weights: str, attention: str, kv_cache_dtype: str) -> tuple[LLM, Tokenizer]:
+def _load(
+    model: str, draft: str, weights: str, attention: str, kv_cache_dtype: str, int8_budget: float
+) -> tuple[LLM, Tokenizer]:
     llm = LLM(
         model,
         draft=draft,
         weights=weights,
         attention=attention,
         kv_cache_dtype=kv_cache_dtype,
+        int8_budget=int8_budget,
         max_num_seqs=1,
     )
     if llm.tokenizer is None:

@@ -41,7 +41,7 @@ def why_not(model: Decoder, cache: KVCache) -> str | None:
     """What stands against static steps of this model and cache, or None."""
     if type(model) is not Decoder:
         return f"it is for plain decoders and this is {type(model).__name__}"
-    if cache.attention != "auto" or cache.is_scaled:
+    if cache.has_integers or cache.is_scaled:
         return f"it reads float rows and the cache is {cache.dtype} with attention {cache.attention!r}"
     for name, module in model.model.layers.named_modules():
         if isinstance(module, MoE):

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from sateen import ops
-from sateen.engine.cache.kv_cache import MEAN_ROWS, KVCache
+from sateen.engine.cache.kv_cache import INTEGER_FORMS, MEAN_ROWS, KVCache
 from sateen.errors import BackendUnavailable, ConfigError
 from sateen.models.decoder import Decoder
 from sateen.nn.attention import Sequences
+from sateen.ops.native import native, native_available
 
 log = logging.getLogger("sateen.engine")
 
+ATTENTION = ("auto", "float", *INTEGER_FORMS)
 PROBE_TOKENS = 512  # of the text that errors are measured on (source: ours)
 BUDGET = 0.05  # relative L2 error of a layer's attention (source: ours)
 PROBE_TEXT = """The harbour lies on the west side of the island, behind a wall of grey stone. In the morning
@@ -50,20 +52,26 @@ class Int8Layers:
     """What was measured.
 
     Attributes:
+        attention: `int8` or `int8-half`.
+        rows: dtype of the cached rows.
         budget: the largest error with which a layer attends in integers.
         errors: relative L2 error of each layer's int8 attention on the probe, by layer.
         float_layers: those above the budget, which attend in floating point.
         num_tokens: of the probe.
     """
 
+    attention: str
+    rows: torch.dtype
     budget: float
     errors: dict[int, float]
     float_layers: tuple[int, ...]
     num_tokens: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For `LLM.stats`; layers by the names of their modules."""
+        """For `LLM.stats` and receipts; layers by the names of their modules."""
         return {
+            "attention": self.attention,
+            "kv_cache_dtype": str(self.rows).removeprefix("torch."),
             "budget": self.budget,
             "probe_tokens": self.num_tokens,
             "errors": {_name(layer): error for layer, error in self.errors.items()},
@@ -73,6 +81,54 @@ class Int8Layers:
 
 def _name(layer: int) -> str:
     return f"model.layers.{layer}.self_attn"
+
+
+def choose_attention(
+    wanted: str, model: Decoder, cache: KVCache, probe: Sequence[int] | None, budget: float
+) -> Int8Layers | None:
+    """Tells the cache how its layers attend; None where all of them do in floating point.
+
+    Args:
+        wanted: one of `ATTENTION`. `auto` is `int8` over int8 rows wherever that is the faster form: there,
+            rows would have to be widened for every step. Else it is `float`.
+        probe, budget: see `choose_layers`.
+
+    Raises:
+        ConfigError, BackendUnavailable: as `choose_layers`; `auto` never raises the latter.
+    """
+    if wanted == "auto":
+        cache.attention = "float" if not cache.is_scaled or _is_slow(cache) else "int8"
+    try:
+        found = choose_layers(model, cache, probe, budget)
+    except BackendUnavailable as error:
+        if wanted != "auto":
+            raise
+        log.info("attention in floating point over int8 rows: %s", error)
+        cache.attention, found = "float", None
+    return found
+
+
+def _is_slow(cache: KVCache) -> bool:
+    """Whether attention over codes is slower here than widening them."""
+    # Plain code has no fast integer products. On GPUs nothing was measured.
+    return cache.device.type != "cpu" or native_available() is not None or native().current_isa() == "generic"
+
+
+def warn_if_slow(wanted: str, cache: KVCache) -> None:
+    """Says where integers were asked for and floating point is faster."""
+    if wanted not in INTEGER_FORMS:
+        return
+    if not cache.reads_codes:
+        log.warning(
+            "attention %r over rows of %s quantises all of them in every step; "
+            "kv_cache_dtype='int8' with attention='int8' does it once",
+            cache.attention,
+            cache.dtype,
+        )
+    elif cache.device.type == "cpu" and _is_slow(cache):
+        log.warning("attention 'int8' is slower than 'float' on this processor, which lacks AVX2")
+    elif cache.device.type == "cpu" and native().current_isa() == "avx2":
+        log.warning("attention 'int8' reads prompts more slowly than 'float' on this processor: no AVX-512")
 
 
 @torch.inference_mode()
@@ -93,7 +149,7 @@ def choose_layers(
     """
     if not budget > 0:
         raise ConfigError(f"int8_budget is {budget}; accepted: a relative error above 0, such as {BUDGET}")
-    if cache.attention == "auto":
+    if not cache.has_integers:
         return None
     if not probe:
         count = min(PROBE_TOKENS, model.config.max_position_embeddings)
@@ -103,7 +159,7 @@ def choose_layers(
     model.trunk(ids.to(model.device), Sequences.of_lengths([len(ids)], model.device), view)
     above = tuple(layer for layer, error in view.errors.items() if not error <= budget)
     cache.float_layers = frozenset(above)
-    found = Int8Layers(budget, view.errors, above, len(ids))
+    found = Int8Layers(cache.attention, cache.dtype, budget, view.errors, above, len(ids))
     if above:
         errors = ", ".join(f"{_name(layer)} {view.errors[layer]:.3f}" for layer in above)
         log.warning("int8 attention errs more than %g in %s: floating point there", budget, errors)

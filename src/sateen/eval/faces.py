@@ -14,9 +14,10 @@ from sateen.data.tasks import Task, task_class
 from sateen.data.text import Document, python_docs, split_heldout, text_dir
 from sateen.data.tokenizer import Tokenizer
 from sateen.engine.engine import LLM
+from sateen.engine.int8_layers import BUDGET
 from sateen.errors import ConfigError
 from sateen.eval import audio_faces
-from sateen.eval.perplexity import perplexity
+from sateen.eval.served import check_folder, receipt_of, text_quality
 from sateen.eval.tasks import evaluate_task
 
 PERPLEXITY = "perplexity"
@@ -34,6 +35,10 @@ def main(
     limit: int | None = None,
     num_fewshot: int | None = None,
     include_path: str | None = None,
+    attention: str = "auto",
+    kv_cache_dtype: str = "auto",
+    int8_budget: float = BUDGET,
+    receipt: str | None = None,
     json: bool = False,
 ) -> int:
     """Prints what was measured and returns the exit code.
@@ -49,24 +54,39 @@ def main(
             `needle@1024`. 1024 where the model reads as many.
         lm_eval: tasks of lm-evaluation-harness, instead of ours.
         limit, num_fewshot, include_path: see `sateen.eval.lm_eval.evaluate`.
+        attention, kv_cache_dtype, int8_budget: as of `LLM`. With other forms than `auto` texts go through the
+            engine's caches, and what floating point gets without them is measured too, as the `twin`.
+        receipt: a folder for `receipt.json` and `RECEIPT.md`; none is written when None.
         json: print JSON with the keys of a receipt's `quality`, or the harness's results.
 
     Raises:
         ConfigError: a task is unknown, there is no text to read, the model has no tokenizer, or the harness
-            is not installed.
+            is not installed; or `receipt` is a folder with another kind of receipt.
     """
+    engine: dict[str, Any] = {
+        "attention": attention,
+        "kv_cache_dtype": kv_cache_dtype,
+        "int8_budget": int8_budget,
+    }
+    is_plain = attention == kv_cache_dtype == "auto"
+    if receipt is not None and (lm_eval or audio_faces.AUDIO in tasks):
+        raise ConfigError("--receipt is for perplexity and verifiable tasks, not for --lm-eval or audio")
     if lm_eval:
         return _harness(
-            model, lm_eval, json=json, limit=limit, num_fewshot=num_fewshot, include_path=include_path
-        )
+            model, lm_eval, json=json, limit=limit, num_fewshot=num_fewshot, include_path=include_path,
+            **engine,
+        )  # fmt: skip
     if (limit, num_fewshot, include_path) != (None, None, None):
         raise ConfigError("--limit, --num-fewshot and --include-path go with --lm-eval")
     if audio_faces.AUDIO in tasks:
         if len(tasks) > 1:
             raise ConfigError("--tasks audio stands alone: it measures speech, the others text")
+        if not is_plain:
+            raise ConfigError("--attention and --kv-cache-dtype are not for --tasks audio")
         return audio_faces.main(model, json=json)
     classes = {name: task_class(name) for name in tasks if name != PERPLEXITY}
-    llm = LLM(model, draft="none", max_num_seqs=32)
+    folder = None if receipt is None else check_folder(receipt)
+    llm = LLM(model, draft="none", max_num_seqs=32, **engine)
     if llm.tokenizer is None:
         raise ConfigError(
             f"{model} has no tokenizer, and what is measured is text; save one beside the model"
@@ -77,9 +97,7 @@ def main(
         if not any(document.text for document in documents):
             raise ConfigError(f"{text or 'the Python documentation'} has no text to measure perplexity on")
         _talk(f"perplexity on {text or 'held-out Python documentation'}: {len(documents)} documents")
-        context = llm.model.config.max_position_embeddings
-        found = perplexity(llm.model, llm.tokenizer, documents, context=context)
-        quality |= {"bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity}
+        quality |= text_quality(llm, documents, is_cached=not is_plain)
     haystack = _haystack(text) if any(issubclass(cls, LongTask) for cls in classes.values()) else []
     for name, cls in classes.items():
         for label, size in _lengths(name, cls, length, llm):
@@ -87,6 +105,17 @@ def main(
             task = make_task(cls, llm.tokenizer, _distance(llm), haystack, size)
             result = evaluate_task(llm, task, n=num_examples, seed=seed)
             quality.setdefault("tasks", {})[label] = result.as_receipt()
+    if (int8 := llm.stats()["int8_attention"]) is not None:
+        quality["int8_attention"] = int8
+    if folder is not None:
+        lengths = ["--length", ",".join(map(str, length))] if length else []
+        texts = ["--text", text] if text else []
+        command = (
+            "sateen", "eval", model, "--tasks", ",".join(tasks), *texts, *lengths,
+            "--num-examples", str(num_examples), "--seed", str(seed), "--attention", attention,
+            "--kv-cache-dtype", kv_cache_dtype, "--int8-budget", f"{int8_budget:g}",
+        )  # fmt: skip
+        receipt_of(llm, model, quality, seed=seed, command=command).write(folder)
     print(codec.dumps(quality, indent=2) if json else "\n".join(lines(quality)))
     return 0
 
@@ -152,7 +181,19 @@ def _lengths(name: str, cls: type[Task], asked: Sequence[int], llm: LLM) -> list
 
 def lines(quality: dict[str, Any]) -> list[str]:
     """The measurements for people, one a line."""
-    plain = [f"{key.replace('_', ' '):<15}{quality[key]:.4f}" for key in quality if key != "tasks"]
+    twin = quality.get("twin", {})
+    plain = [
+        f"{key.replace('_', ' '):<15}{quality[key]:.4f}"
+        + (f" ({twin[key]:.4f} in floating point)" if twin else "")
+        for key in ("bits_per_byte", "perplexity")
+        if key in quality
+    ]
+    if int8 := quality.get("int8_attention"):
+        largest = max(int8["errors"].values())
+        plain += [
+            f"{int8['attention']} attention errs at most {largest:.4f} in a layer, budget {int8['budget']:g}",
+            f"layers in floating point: {', '.join(int8['float_layers']) or 'none'}",
+        ]
     return plain + [
         f"{name:<15}{task['accuracy']:.1%} of {task['n']} (chance {task['chance']:.1%})"
         for name, task in quality.get("tasks", {}).items()

@@ -45,6 +45,9 @@ def quality_rows(quality: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"{name}: accuracy", task.get("accuracy")
     for name, value in quality.get("baselines", {}).items():
         yield f"baseline {name}: bits per byte", value
+    if int8 := quality.get("int8_attention"):
+        yield "int8 attention: largest error of a layer", max(int8.get("errors", {}).values(), default=None)
+        yield "int8 attention: layers in floating point", len(int8.get("float_layers", []))
 
 
 def render(receipt: Mapping[str, Any]) -> str:
@@ -56,6 +59,7 @@ def render(receipt: Mapping[str, Any]) -> str:
     for title, text in (
         ("What got worse", _worse(receipt["worse"])),
         ("Quality", _quality(receipt["quality"])),
+        *_int8(receipt["quality"].get("int8_attention")),
         ("Bytes", _bytes(receipt["bytes"])),
         ("Speed", _speed(receipt["speed"])),
         ("Draft", _draft(receipt["draft"])),
@@ -85,6 +89,23 @@ def _quality(quality: Mapping[str, Any]) -> str:
         row = [what, number(value), number(task.get("chance")), number(task.get("n"))]
         rows.append([*row, number(other.get(what))] if twin else row)
     return table(["what", "value", "chance", "n", *(["twin"] if twin else [])], rows)
+
+
+def _int8(found: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """The part about integer attention, of receipts that have one."""
+    if not found:
+        return
+    floats = found.get("float_layers", [])
+    rows = [
+        [layer, number(error), "floating point" if layer in floats else "integers"]
+        for layer, error in found.get("errors", {}).items()
+    ]
+    text = (
+        f"`attention={found.get('attention')}` over cached rows of {found.get('kv_cache_dtype')}. Errors are "
+        f"relative L2 errors on {number(found.get('probe_tokens'))} tokens. Above the budget of "
+        f"{number(found.get('budget'))}, and so in floating point: {', '.join(floats) or 'none'}."
+    )
+    yield "INT8 attention", f"{text}\n\n{table(['layer', 'error', 'computes in'], rows)}"
 
 
 def _bytes(part: Mapping[str, Any]) -> str:

@@ -23,6 +23,14 @@ MARKDOWN_NAME = "RECEIPT.md"
 NUMBER = (int, float, type(None))  # None: not measured
 TEXT = (str, type(None))
 _TASK = {"accuracy": NUMBER, "n": NUMBER, "chance": NUMBER}
+_INT8 = {
+    "attention": TEXT,
+    "kv_cache_dtype": TEXT,
+    "budget": NUMBER,
+    "probe_tokens": NUMBER,
+    "errors": {"*": NUMBER},
+    "float_layers": [(str,)],
+}
 _MEASURES = {
     "bits_per_byte": NUMBER,
     "perplexity": NUMBER,
@@ -37,7 +45,7 @@ _SHAPE: dict[str, Any] = {
     "seeds": {"*": (int,)},
     "hardware": {"cpu": TEXT, "cores": NUMBER, "memory_bytes": NUMBER, "gpu": TEXT},
     "versions": {"*": (str,)},
-    "quality": {**_MEASURES, "twin": _MEASURES},
+    "quality": {**_MEASURES, "twin": _MEASURES, "int8_attention": _INT8},
     "bytes": {
         "weights": NUMBER,
         "kv_bytes_per_token": [
@@ -68,7 +76,8 @@ class Receipt:
         hardware: cpu, cores, memory_bytes, gpu; see `hardware()`.
         versions: package -> version; see `versions()`.
         quality: bits_per_byte, perplexity, tasks (accuracy, n, chance), baselines in bits per byte, and the
-            same of the `twin`, a model that differs in the measured method alone.
+            same of the `twin`, a model that differs in the measured method alone; int8_attention: what ran,
+            relative L2 errors by layer, and which of them are above the budget and compute in floating point.
         bytes: weights, kv_bytes_per_token by kind of layer and context, kv_allocated by context.
         speed: what, unit, median, p25, p75 and n repeats.
         draft: acceptance_length in tokens per pass of the main model, bonus token included, and the accepted

@@ -335,7 +335,7 @@ def test_new_weights_are_used():
 
 
 def test_refusals(hysparse):
-    def reason(model, dtype=torch.float32, attention="auto"):
+    def reason(model, dtype=torch.float32, attention="float"):
         cache = make_cache(model, dtype)
         cache.attention = attention
         return NativeStep.why_not(model, cache)
@@ -436,7 +436,7 @@ def assert_rows_agree(pair):
 
 
 @pytest.mark.parametrize("num_draft", [0, 3])
-@pytest.mark.parametrize("attention", ["auto", "int8"])
+@pytest.mark.parametrize("attention", ["float", "int8"])
 @pytest.mark.parametrize("name", INT8_NAMES)
 def test_one_layer_is_that_of_torch(name, attention, num_draft):
     """Prompts, decodes, drafts and chunks; page borders; rings that wrap. One layer, so that a code that
@@ -496,7 +496,7 @@ def test_parts_of_the_keys_join():
         assert_tokens_near(out, outputs[0])
 
 
-@pytest.mark.parametrize("attention", ["auto", "int8"])
+@pytest.mark.parametrize("attention", ["float", "int8"])
 @pytest.mark.parametrize("name", ["mimo-v2-flash-tiny", "mimo-7b-tiny"])
 def test_greedy_tokens_are_those_of_the_torch_step(
     name, attention, drafting_model, make_prompts, tokens_of, greedy
@@ -516,7 +516,7 @@ def test_a_layer_that_falls_back_reads_its_codes_as_floats():
     outputs = {}
     model = build("llama")
     for name, attention, layers in (
-        ("float", "auto", ()),
+        ("float", "float", ()),
         ("int8", "int8", ()),
         ("one", "int8", (1,)),
         ("all", "int8", (0, 1, 2)),

@@ -205,6 +205,20 @@ def test_health_stats_and_metrics(http, server):
     assert stats["kv_used_bytes"].keys() == stats["kv_allocated_bytes"].keys()
 
 
+def test_layers_above_the_int8_budget_are_told(story, running):
+    llm = story(kv_cache_dtype="int8", int8_budget=1e-9)
+    with running(llm) as one, httpx.Client(base_url=one.url, timeout=60) as http:
+        found = http.get("/stats").json()["int8_attention"]
+        samples = _samples(http)
+    assert found == llm.stats()["int8_attention"]
+    layers = [f"model.layers.{i}.self_attn" for i in range(llm.model.config.num_hidden_layers)]
+    assert found["float_layers"] == list(found["errors"]) == layers
+    assert samples["sateen_int8_attention_budget", ()] == 1e-9
+    assert samples["sateen_int8_attention_layers", (("form", "floats"),)] == len(layers)
+    for layer, error in found["errors"].items():
+        assert samples["sateen_int8_attention_error", (("layer", layer),)] == error > 0
+
+
 def _samples(http):
     text = http.get("/metrics").text
     families = text_string_to_metric_families(text)

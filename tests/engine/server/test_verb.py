@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import httpx2 as httpx
 import pytest
 
 from sateen.cli import main
+from sateen.engine.int8_layers import BUDGET
 from sateen.engine.server import faces
 from sateen.errors import CheckpointError, ConfigError
 
@@ -55,6 +57,29 @@ def test_a_server_from_start_to_end(folder):
         talk = process.stderr.read()
         assert "no new requests; waiting up to 30 s for answers in work" in talk
         assert "Traceback" not in talk
+
+
+def test_flags_of_the_caches_reach_the_engine(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    made = []
+
+    def spy(model, **settings):
+        made.append(settings)
+        raise Stop
+
+    monkeypatch.setattr("sateen.engine.engine.LLM", spy)
+    words = ["serve", "x", "--port", "0", "--kv-cache-dtype", "int8"]
+    for more in ([], ["--attention", "float", "--int8-budget", "0.03"]):
+        with pytest.raises(Stop):
+            main([*words, *more])
+    keys = "attention", "kv_cache_dtype", "int8_budget"
+    assert [tuple(one[key] for key in keys) for one in made] == [
+        ("auto", "int8", BUDGET),
+        ("float", "int8", 0.03),
+    ]
+    assert inspect.signature(faces.serve).parameters["int8_budget"].default == BUDGET
 
 
 def test_a_taken_port_is_told_before_the_model_is_read(capsys):

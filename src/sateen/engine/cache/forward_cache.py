@@ -92,7 +92,7 @@ class ForwardCache:
         return view
 
     def extend(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.cache.attention != "auto":
+        if self.cache.has_integers:
             raise BackendUnavailable(
                 f"attention {self.cache.attention!r} cannot serve layer {index}, which reads its rows "
                 "as floats; use attention='auto'"
@@ -105,7 +105,7 @@ class ForwardCache:
         """See `LayerCache.attend`; options are the operators' own."""
         pool = self.cache.pools[index, name]
         out: Any
-        is_float = self.cache.attention == "auto" or index in self.cache.float_layers
+        is_float = not self.cache.has_integers or index in self.cache.float_layers
         if self.cache.reads_codes and not is_float and index not in self._wanted:
             rows = self._rows(pool)
             codes = self._codes(pool, rows, k_TKH, v_TKV)

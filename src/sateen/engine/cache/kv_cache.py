@@ -23,6 +23,7 @@ from sateen.nn.spec import KVLayout
 
 PAGE = 64  # tokens per page
 CACHE_LINE = 64  # bytes
+INTEGER_FORMS = ("int8", "int8-half")  # of attention
 MEAN_ROWS = 256  # most rows that the mean of int8 keys is taken over
 
 
@@ -93,7 +94,7 @@ class KVCache:
         has_rings: some layer keeps a window of rows.
         dtype: of the rows.
         is_scaled: they are int8 and come with scales.
-        attention: `auto` reads rows as floats, `int8` computes with integers, `int8-half` up to the softmax.
+        attention: `float` reads rows as floats, `int8` computes with integers, `int8-half` up to the softmax.
         float_layers: those that read floats whatever `attention` says.
         offloads: pages live in host memory, see `staging`; rings stay on the device.
     """
@@ -109,7 +110,7 @@ class KVCache:
         num_draft: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        attention: str = "auto",
+        attention: str = "float",
         offloads: bool = False,
     ):
         self.layouts = tuple(layouts)
@@ -158,6 +159,11 @@ class KVCache:
         k_scale, v_scale = (_zeros(shape, torch.float32, device, is_pinned) for _ in range(2))
         mean = torch.zeros(self.num_slots, layout.num_kv_heads, layout.head_dim, device=self.device)
         return Pool(layout, k, v, ring, Scales(k_scale, v_scale, mean))
+
+    @property
+    def has_integers(self) -> bool:
+        """Attention computes with integers, but for `float_layers`."""
+        return self.attention in INTEGER_FORMS
 
     @property
     def reads_codes(self) -> bool:

@@ -95,7 +95,7 @@ def sized_cache(
     kv_memory_bytes: int | None,
     num_draft: int = 0,
     num_pages: int | None = None,
-    attention: str = "auto",
+    attention: str = "float",
     offloads: bool = False,
 ) -> KVCache:
     """The caches of an engine: of the model's layers and its first `num_draft` heads; settings as of `LLM`.

@@ -69,7 +69,7 @@ def why_not(model: Decoder, cache: KVCache) -> str | None:
         return f"it is for the CPU and the model is on {model.device.type}"
     if type(model) is not Decoder:
         return f"it is for plain decoders and this is {type(model).__name__}"
-    if cache.dtype not in ROW_DTYPES or not (cache.attention == "auto" or cache.reads_codes):
+    if cache.dtype not in ROW_DTYPES or (cache.has_integers and not cache.reads_codes):
         return f"it has no attention {cache.attention!r} over rows of {cache.dtype}"
     for index, block in enumerate(blocks(model, cache)):
         for name, module in block.named_modules():

@@ -30,6 +30,7 @@ def serve(
     weights: str = "auto",
     attention: str = "auto",
     kv_cache_dtype: str = "auto",
+    int8_budget: float = 0.05,
 ) -> int:
     """Serves a model over HTTP until SIGTERM or Ctrl-C; prints the address when it answers.
 
@@ -60,7 +61,8 @@ def serve(
 
         llm = LLM(
             model, draft=draft, weights=weights, attention=attention, kv_cache_dtype=kv_cache_dtype,
-            max_num_seqs=max_num_seqs, max_model_len=max_model_len, max_waiting=max_waiting,
+            int8_budget=int8_budget, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+            max_waiting=max_waiting,
         )  # fmt: skip
         doors = Doors(key, max_body_bytes, only_local_names=key is None and is_local)
         service = Service(

@@ -90,6 +90,13 @@ class _EngineCollector(Collector):
                 "sateen_int8_attention_layers", "Layers whose attention is in integers or in floating point.",
                 "form", {"integers": len(int8["errors"]) - floats, "floats": floats},
             )  # fmt: skip
+            yield _family(
+                "sateen_int8_attention_error", "Relative L2 error of a layer's integer attention.",
+                "layer", int8["errors"],
+            )  # fmt: skip
+            yield GaugeMetricFamily(
+                "sateen_int8_attention_budget", "Errors above compute in floats.", int8["budget"]
+            )
         if (prefix := live["prefix"]) is not None:
             yield CounterMetricFamily(
                 "sateen_prefix_looked_up_tokens", "Prompt tokens looked up.", prefix["looked_up_tokens"]
@@ -123,7 +130,7 @@ def live_numbers(llm: LLM) -> dict[str, Any]:
     }
 
 
-def _family(name: str, text: str, label: str, values: Mapping[str, int]) -> GaugeMetricFamily:
+def _family(name: str, text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(name, text, labels=[label])
     for value, number in values.items():
         family.add_metric([value], number)

@@ -1,7 +1,8 @@
 """Attention by the compiled CPU kernels, native/attention_forward.cpp and native/attention_backward.cpp.
 
-Float32 inside; bfloat16 and float16 are converted on the way in and out. Forward and backward are custom ops,
-so `torch.compile` keeps its graph; calls that need no gradient skip the dispatcher. Shape letters: T query
+Float32 inside; bfloat16 and float16 are converted on the way in and out, where no gradient is needed block by
+block of keys, because a step of decoding meets all of a cache. Forward and backward are custom ops, so
+`torch.compile` keeps its graph; calls that need no gradient skip the dispatcher. Shape letters: T query
 tokens, S key tokens, N query heads, K key/value heads, H query/key head size, V value head size.
 """
 
@@ -28,6 +29,30 @@ def _run_forward(
     arrays = (_array(x) for x in (q, k, v, cu_q, cu_k, sink))
     native().attention_forward(*arrays, scale, window, torch.get_num_threads(), out.numpy(), lse.numpy())
     return out, lse
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def _run_half(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sink: Tensor | None,
+    scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`_run_forward` of keys and values of 16 bits, read as they lie."""
+    out, lse = torch.empty(q.shape[0], q.shape[1], v.shape[2]), torch.empty(q.shape[1], q.shape[0])
+    # numpy has no bfloat16; it passes on the bits.
+    k_bits, v_bits = (x.detach().view(torch.uint16).numpy() for x in (k, v))
+    arrays = (_array(x) for x in (cu_q, cu_k, sink))
+    native().attention_forward_half(
+        _array(q), k_bits, v_bits, k.dtype == torch.bfloat16, *arrays, scale, window,
+        torch.get_num_threads(), out.numpy(), lse.numpy(),
+    )  # fmt: skip
+    return out, lse
+
+
+def _is_half(k: Tensor, v: Tensor) -> bool:
+    """Whether `_run_half` can read these rows."""
+    return k.dtype == v.dtype and k.dtype in HALVES and k.stride(-1) == v.stride(-1) == 1
 
 
 @torch.library.custom_op("sateen::attention_forward", mutates_args=(), device_types="cpu")
@@ -149,17 +174,18 @@ def attention_native(
         return _with_maxima(
             q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, scale, sink_N, return_lse, block_max
         )
-    q, k, v = _rows(q_TNH), _rows(k_SKH), _rows(v_SKV)
     cu_q = cu_seqlens_q.int()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.int()
     sink = None if sink_N is None else sink_N.float()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (q, k, v) if sink is None else (q, k, v, sink)
+    scale = q_TNH.shape[-1] ** -0.5 if scale is None else scale
+    inputs = (q_TNH, k_SKH, v_SKV) if sink is None else (q_TNH, k_SKH, v_SKV, sink)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if needs_grad or type(q) is not Tensor or torch.compiler.is_compiling():
-        out, lse = attention_forward(q, k, v, cu_q, cu_k, sink, scale, window or 0)
+    rest = (cu_q, cu_k, sink, scale, window or 0)
+    if needs_grad or type(q_TNH) is not Tensor or torch.compiler.is_compiling():
+        out, lse = attention_forward(_rows(q_TNH), _rows(k_SKH), _rows(v_SKV), *rest)
+    elif _is_half(k_SKH, v_SKV):
+        out, lse = _run_half(_rows(q_TNH), k_SKH, v_SKV, *rest)
     else:
-        sink = sink if sink is None else sink.detach()
-        out, lse = _run_forward(q.detach(), k.detach(), v.detach(), cu_q, cu_k, sink, scale, window or 0)
+        out, lse = _run_forward(_rows(q_TNH), _rows(k_SKH), _rows(v_SKV), *rest)
     out = out.to(q_TNH.dtype)
     return (out, lse) if return_lse else out
