@@ -269,9 +269,3 @@ def test_what_cannot_be_served_is_refused(talkative: Eager, random_model: Callab
         engine.speak("hi")
     with pytest.raises(ConfigError, match="reads no audio"):
         AudioEngine(random_model("mimo-7b-tiny"))  # type: ignore[arg-type]
-
-
-def test_the_documented_name_is_the_same_class() -> None:
-    from sateen.engine import audio_lm
-
-    assert audio_lm.AudioEngine is AudioEngine
