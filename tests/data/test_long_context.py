@@ -126,6 +126,24 @@ def test_no_key_is_part_of_the_other_text():
     assert len(keys) > 90
 
 
+def test_keys_of_two_words_share_each_of_them_with_others():
+    task = make(MultiKey, num_keys=8, key_words=2, num_queries=8, length=200)
+    for seed in range(20):
+        example = task.sample(random.Random(seed))
+        told = {}
+        for line in example.prompt.split("\n"):
+            if line.startswith("> "):
+                *key, value = line[2:].split()
+                told[tuple(key)] = value
+        assert len(told) == 8
+        firsts, seconds = ({key[i] for key in told} for i in (0, 1))
+        assert len(firsts) == len(seconds) == 3
+        assert not firsts & seconds
+        questions = [line[2:].split() for line in (example.prompt + example.completion).split("\n")
+                     if line.startswith("? ")]  # fmt: skip
+        assert {(a, b): value for a, b, value in questions} == told
+
+
 @pytest.mark.parametrize("said", ["chain", "value"])
 @pytest.mark.parametrize("num_hops", [1, 2, 4])
 def test_chains_lead_to_their_value(num_hops, said):
@@ -226,6 +244,7 @@ def test_words_are_single_tokens_of_the_tokenizer():
         (Needle, {"depth": 1.5}, "depth 1.5 must be from 0"),
         (Needle, {"unit": "words"}, "unit 'words' must be 'tokens' or 'characters'"),
         (Needle, {"num_keys": 101}, "num_keys 101 must be from 1 to the 100 words"),
+        (Needle, {"key_words": 3}, "key_words 3 must be 1 or 2"),
         (Needle, {"num_words": 4}, "num_words 4 must be at least 8"),
         (Needle, {"num_words": 101}, "100 different words in a list of 100 are too few"),
         (Needle, {"is_heldout": True, "heldout_share": 0}, "above 0 to draw held-out"),

@@ -5,6 +5,7 @@ The form of facts and questions, and how text goes around them, is in `facts.py`
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -44,11 +45,13 @@ def long_task(
 class Needle(LongTask, name="needle"):
     """One key and its value in other text: `> moon river` ... `? moon` -> ` river`."""
 
-    def __init__(self, *, num_keys: int = 1, **settings: Any):
+    def __init__(self, *, num_keys: int = 1, key_words: Literal[1, 2] = 1, **settings: Any):
         """A generator of needles.
 
         Args:
             num_keys: facts in the text.
+            key_words: words of a key. Keys of two are pairs of a few first and a few second words, so that
+                many facts share a word with the asked one.
             settings: those of `LongTask`; more questions than keys ask for some again, from which a model
                 learns faster.
         """
@@ -57,14 +60,20 @@ class Needle(LongTask, name="needle"):
             raise ConfigError(
                 f"{self.name}: num_keys {num_keys} must be from 1 to the {len(self.words)} words there are"
             )
-        self.num_keys = num_keys
+        if key_words not in (1, 2):
+            raise ConfigError(f"{self.name}: key_words {key_words} must be 1 or 2")
+        self.num_keys, self.key_words = num_keys, key_words
+        self._side = math.isqrt(num_keys - 1) + 1  # of the square of first and second words
 
     @property
     def num_names(self) -> int:
-        return self.num_keys
+        return self.num_keys if self.key_words == 1 else 2 * self._side
 
     def draw(self, rng: random.Random, words: list[str]) -> tuple[Facts, list[tuple[str, str]], float]:
-        keys = self.keys(rng, words, self.num_keys)
+        keys = self.keys(rng, words, self.num_names)
+        if self.key_words == 2:
+            pairs = [f"{a} {b}" for a in keys[: self._side] for b in keys[self._side :]]
+            keys = rng.sample(pairs, self.num_keys)
         values = {key: self.value_of(rng, key, words) for key in keys}
         depths = self.depths(rng, len(keys))
         facts = [(f"> {key} {values[key]}", depth) for key, depth in zip(keys, depths, strict=True)]
