@@ -22,8 +22,8 @@ def oracle_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output [T, N, V], log-sum-exp [N, T], and maxima or lists.
 
-    With `chosen` 0 the last are float32 maxima [N, T, columns]; else int32 lists [K, T, columns], the first
-    `chosen` by probability and the rest for the `forced_window`, 0 for none.
+    With `chosen` 0 the last are float32 maxima [N, T, columns], empty and not made for 0 columns; else int32
+    lists [K, T, columns], the first `chosen` by probability and the rest for the `forced_window`, 0 for none.
     """
     (T, N, _), K = q.shape, k.shape[1]
     out, lse = torch.empty(T, N, v.shape[2]), torch.empty(N, T)
@@ -32,7 +32,7 @@ def oracle_forward(
     native().oracle_forward(
         number_array(q), number_array(k), number_array(v), format_of(q), array(cu_q), array(cu_k),
         array(sink), block_size, scale, torch.get_num_threads(), chosen, forced_window, out.numpy(),
-        lse.numpy(), array(maxima), array(lists),
+        lse.numpy(), array(maxima) if columns else None, array(lists),
     )  # fmt: skip
     found = maxima if lists is None else lists
     assert found is not None

@@ -32,6 +32,7 @@ def attention_and_blocks(
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     sink_N: Tensor | None = None,
+    lists_KTn: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention, and the blocks with the largest attention probability per query and K head.
@@ -49,6 +50,8 @@ def attention_and_blocks(
             than queries is right-aligned: its last query sees its last key.
         scale: multiplier of the scores; 1/sqrt(H) when None.
         sink_N: a logit per query head that joins the softmax without a value; the choice leaves it out.
+        lists_KTn: what an earlier call with these arguments chose; it comes back, and backends need not
+            choose again.
         backend: `auto`, or one of `OP.backends`.
 
     Returns:
@@ -84,6 +87,7 @@ def attention_and_blocks(
             cu_seqlens_k=cu_seqlens_k,
             scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
             sink_N=sink_N,
+            lists_KTn=lists_KTn,
             backend=backend,
         )
     return found
