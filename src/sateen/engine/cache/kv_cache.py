@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sateen.engine.cache.forward_cache import ForwardCache, Rows
 from sateen.engine.cache.pages import Pages
+from sateen.engine.cache.prefetch import Lane
 from sateen.nn.spec import KVLayout
 
 PAGE = 64  # tokens per page
@@ -96,6 +97,7 @@ class KVCache:
         attention: `auto` reads rows as floats, `int8` computes with integers, `int8-half` up to the softmax.
         float_layers: those that read floats whatever `attention` says.
         offloads: pages live in host memory, see `staging`; rings stay on the device.
+        lane: brings chosen blocks of offloaded pages while layers compute; None: in between.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         attention: str = "auto",
         offloads: bool = False,
+        prefetches: bool = False,
     ):
         self.layouts = tuple(layouts)
         self.num_trunk_layers = num_trunk_layers
@@ -123,6 +126,7 @@ class KVCache:
         self.device = torch.device(device)
         self.attention = attention
         self.offloads = offloads
+        self.lane = Lane(self.device) if prefetches else None
         self.page_device = torch.device("cpu") if offloads else self.device
         self.float_layers: frozenset[int] = frozenset()
         self.pools: dict[tuple[int, str], Pool] = {}
@@ -247,6 +251,8 @@ class KVCache:
         Lengths are advanced here; pages must have been reserved. `gaps` tells sequences whose rings miss the
         rows before: `head_length` was moved on.
         """
+        if self.lane is not None:
+            self.lane.drain()
         starts = [e.head_length if heads else e.length for e in entries]
         for entry, start, count in zip(entries, starts, counts, strict=True):
             if start == 0:
