@@ -93,9 +93,9 @@ class LLM:
                 eight or four bits and their inputs to int8, the output matrix to int8 with both, and keep the
                 embedding; `fairy2` packs the complex two-bit weights of a model that has them as masters, and
                 takes packed ones as they are.
-            step: how the trunk runs for up to 64 tokens, decoding above all: `native` in one compiled call,
-                `torch` layer by layer; `auto` is native where it can be. Longer steps and `score` run in
-                torch.
+            step: how the trunk runs for up to 512 tokens (32 with HySparse), decoding above all: `native` in
+                one compiled call, `torch` layer by layer; `auto` is native where it can be. Longer steps and
+                `score` run in torch.
             kv_cache_dtype: `auto` (the model's), `fp32`, `bf16`, `fp16`, or `int8` with a scale per token and
                 head.
             int8_budget: with `int8` or `int8-half`, layers whose attention errs more than this on a short
