@@ -4,8 +4,9 @@
 
 #include <math.h>
 
-#include "attention_decode.h"
-#include "decode_rows.h"
+#include <type_traits>
+
+#include "decode_sparse_rows.h"
 #include "select_blocks.h"
 
 namespace sateen::SATEEN_ISA {
@@ -13,28 +14,10 @@ namespace {
 
 constexpr long kUnitHeads = 8;  // query heads of a group that one unit of listed attention takes
 constexpr long kOracleKeys = 64;
-constexpr long kInPlace = 16;   // keys that are worth a look where they lie
 
 thread_local Scratch sparse_scratch;
 
 inline bool has_own_rows(const DecodeLayer& l) { return l.k.rows > 0; }
-
-// Some rows of one head as floats of whole vectors.
-struct HeadRows {
-    const float *k, *v;
-    long k_stride, v_stride, count;
-};
-
-// `count` rows of the cache that lie one after another, of one head: where they are, or a copy.
-inline HeadRows rows_of_head(const DecodeLayer& l, long row, long head, long count, float* keys, float* values) {
-    const long H = padded(l.H), V = padded(l.V), at = row * l.K + head;
-    const void *const k = offset(l.cache.k, l.cache.format, at * l.H), *const v = offset(l.cache.v, l.cache.format, at * l.V);
-    if (l.cache.format == Format::f32 && H == l.H && V == l.V && count >= kInPlace)
-        return {static_cast<const float*>(k), static_cast<const float*>(v), l.K * H, l.K * V, count};
-    widen_rows(l.cache.format, k, l.K * l.H, count, l.H, keys, H);
-    widen_rows(l.cache.format, v, l.K * l.V, count, l.V, values, V);
-    return {keys, values, H, V, count};
-}
 
 inline void ask_for_rows(const DecodeLayer& l, long row, long head, long count) {
     const Format format = l.cache.format;
@@ -46,14 +29,6 @@ inline void ask_for_rows(const DecodeLayer& l, long row, long head, long count) 
         for (long byte = 0; byte < k_bytes; byte += 64) __builtin_prefetch(k + byte, 0, 2);
         for (long byte = 0; byte < v_bytes; byte += 64) __builtin_prefetch(v + byte, 0, 2);
     }
-}
-
-template <typename RowAt, typename Record>
-inline void fold_rows(const HeadRows& rows, const DecodeLayer& l, const Tile& tile, RowAt query, long begin, float* scores,
-                      float* top, float* sum, float* out, Record record) {
-    AttentionShape shape{};
-    shape.H = padded(l.H), shape.V = padded(l.V), shape.k = {rows.k, rows.k_stride, 0}, shape.v = {rows.v, rows.v_stride, 0};
-    fold_few_rows(shape, tile, query, -begin, 0, begin, begin + rows.count, scores, top, sum, out, record);
 }
 
 // Floats of the block maxima of one query row.
@@ -83,11 +58,13 @@ inline void record_blocks(const float* scores, long begin, long end, long block_
 }
 
 // Keys [task.from, task.to) for a tile of an oracle's query rows, all heads, with the largest score of every block.
-void attend_oracle(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
-    const long b = task.sequence, group = l.N / l.K, H = padded(l.H), V = padded(l.V), size = l.sparse.block_size;
+template <typename Number>
+void attend_oracle_in(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
+    const long b = task.sequence, group = l.N / l.K, H = row_width<Number>(l.H), V = row_width<Number>(l.V), size = l.sparse.block_size;
     const Tile tile = tile_of(p, l, task);
-    float* const keys = sparse_scratch.take(kOracleKeys * (H + V) + kSpanRows * kFewRowsKeys);
-    float *const values = keys + kOracleKeys * H, *const scores = values + kOracleKeys * V;
+    float* const scores = sparse_scratch.take(kSpanRows * kMostKeys + kOracleKeys * (H + V) + l.K * task.rows * H);
+    Number *const keys = reinterpret_cast<Number*>(scores + kSpanRows * kMostKeys), *const values = keys + kOracleKeys * H;
+    Number* const queries = values + kOracleKeys * V;
     const auto maxima = [&](long head, long i) {
         const long row = task.first + i;
         return maxima_of(p, l, p.first_token[b] + row / group, head * group + row % group);
@@ -99,7 +76,8 @@ void attend_oracle(const DecodeStep& p, const DecodeLayer& l, const SpanTask& ta
             float* const to = maxima(head, i);
             for (long block = task.from / size; block * size < task.to; ++block) to[block] = -kInf;
         }
-        for (long i = 0; i < task.rows * V; ++i) state.out[i] = 0.0f;
+        for (long i = 0; i < task.rows * padded(l.V); ++i) state.out[i] = 0.0f;
+        for (long i = 0; i < task.rows; ++i) query_as(query_of(p, l, task, head, i), l.H, queries + (head * task.rows + i) * H);
     }
     const auto stop_of = [&](long begin) {
         const long page = begin / p.page * p.page + p.page, limit = begin < p.start[b] && p.start[b] < task.to ? p.start[b] : task.to;
@@ -112,20 +90,22 @@ void attend_oracle(const DecodeStep& p, const DecodeLayer& l, const SpanTask& ta
         const long row = is_new ? 0 : cache_row(p, l, b, begin), next_row = next ? cache_row(p, l, b, end) : 0;
         for (long head = 0; head < l.K; ++head) {
             ask_for_rows(l, next_row, head, next);
-            HeadRows rows;
-            if (is_new) {
-                const long t = p.first_token[b] + begin - p.start[b];
-                rows = {p.kr + (t * l.K + head) * H, p.vr + (t * l.K + head) * V, l.K * H, l.K * V, end - begin};
-            } else {
-                rows = rows_of_head(l, row, head, end - begin, keys, values);
-            }
+            const HeadRows<Number> rows = is_new ? new_rows(p, l, p.first_token[b] + begin - p.start[b], head, end - begin, keys, values)
+                                                 : rows_of_head(l, row, head, end - begin, keys, values);
             const SpanState state(p, l, task, head);
-            const auto query = [&](long i) { return query_of(p, l, task, head, i); };
+            const auto query = [&](long i) -> const Number* {
+                if constexpr (std::is_same_v<Number, float>) return query_of(p, l, task, head, i);
+                else return queries + (head * task.rows + i) * H;
+            };
             const auto record = [&](long i, const float* x) { record_blocks(x, begin, end, size, maxima(head, i)); };
             fold_rows(rows, l, tile, query, begin, scores, state.top, state.sum, state.out, record);
         }
         begin = end;
     }
+}
+
+void attend_oracle(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
+    in_numbers_of(l, [&](auto number) { attend_oracle_in<decltype(number)>(p, l, task); });
 }
 
 // The lists of token t's queries: block maxima less the row's log-sum-exp, without sinks, the largest over the group's
@@ -177,26 +157,30 @@ inline float* listed_queries(const DecodeStep& p, const DecodeLayer& l) {
     return has_own_rows(l) && l.angles == l.sparse.angles ? p.qr : p.listed_q;
 }
 
-void attend_listed(const DecodeStep& p, const DecodeLayer& l, long unit) {
+template <typename Number>
+void attend_listed_in(const DecodeStep& p, const DecodeLayer& l, long unit) {
     const DecodeLayer& oracle = p.layers[l.sparse.source - 1];
     const SparseParts& s = oracle.sparse;
-    const long K = oracle.K, group = l.N / K, chunks = divide_up(group, kUnitHeads), H = padded(l.H), V = padded(l.V);
+    const long K = oracle.K, group = l.N / K, chunks = divide_up(group, kUnitHeads), H = row_width<Number>(l.H), V = row_width<Number>(l.V);
     const long t = unit / (K * chunks), head = unit / chunks % K, first = head * group + unit % chunks * kUnitHeads;
     const long left = (head + 1) * group - first, count = left < kUnitHeads ? left : kUnitHeads;
     const long b = p.sequence[t], position = p.start[b] + t - p.first_token[b], columns = s.listed + s.recent;
     const int* const list = p.lists + s.lists * p.T + (head * p.T + t) * columns;
-    float* const keys = sparse_scratch.take(kFewRowsKeys * (H + V) + kUnitHeads * (kFewRowsKeys + V + 2));
-    float *const values = keys + kFewRowsKeys * H, *const out = values + kFewRowsKeys * V, *const scores = out + kUnitHeads * V;
-    float *const top = scores + kUnitHeads * kFewRowsKeys, *const sum = top + kUnitHeads;
+    float* const scores = sparse_scratch.take(kUnitHeads * (kMostKeys + V + H + 2) + kMostKeys * (H + V));
+    float *const out = scores + kUnitHeads * kMostKeys, *const top = out + kUnitHeads * V, *const sum = top + kUnitHeads;
+    Number *const keys = reinterpret_cast<Number*>(sum + kUnitHeads), *const values = keys + kMostKeys * H;
+    Number* const rounded = values + kMostKeys * V;
+    const float* const queries = listed_queries(p, l) + (t * l.N + first) * padded(l.H);
+    const Number* rows_of_queries[kUnitHeads];
     Tile tile;
     tile.first = 0, tile.last = count;
     for (long i = 0; i < count; ++i) {
-        tile.newest[i] = int(kFewRowsKeys), tile.oldest[i] = 0, top[i] = -kInf, sum[i] = 0.0f;
+        tile.newest[i] = int(kMostKeys), tile.oldest[i] = 0, top[i] = -kInf, sum[i] = 0.0f;
+        rows_of_queries[i] = query_as(queries + i * padded(l.H), l.H, rounded + i * H);
         for (long c = 0; c < V; ++c) out[i * V + c] = 0.0f;
     }
-    const float* const queries = listed_queries(p, l) + (t * l.N + first) * H;
-    const auto query = [&](long i) { return queries + i * H; };
-    const auto fold = [&](const HeadRows& rows) { fold_rows(rows, oracle, tile, query, 0, scores, top, sum, out, [](long, const float*) {}); };
+    const auto query = [&](long i) { return rows_of_queries[i]; };
+    const auto fold = [&](const HeadRows<Number>& rows) { fold_rows(rows, oracle, tile, query, 0, scores, top, sum, out, [](long, const float*) {}); };
     // Rows that lie one after another, block after block; use(row, count) until there are none.
     const auto runs = [&](auto use) {
         for (long i = 0; i < columns; ++i) {
@@ -217,11 +201,11 @@ void attend_listed(const DecodeStep& p, const DecodeLayer& l, long unit) {
     };
     const auto take = [&](long from, long rows) {
         while (rows) {
-            const long n = rows < kFewRowsKeys - filled ? rows : kFewRowsKeys - filled;
-            const HeadRows some = rows_of_head(oracle, from, head, n, keys + filled * H, values + filled * V);
+            const long n = rows < kMostKeys - filled ? rows : kMostKeys - filled;
+            const HeadRows<Number> some = rows_of_head(oracle, from, head, n, keys + filled * H, values + filled * V);
             if (some.k == keys + filled * H) filled += n;
             else fold(some);
-            if (filled == kFewRowsKeys) flush();
+            if (filled == kMostKeys) flush();
             from += n, rows -= n;
         }
     };
@@ -240,6 +224,10 @@ void attend_listed(const DecodeStep& p, const DecodeLayer& l, long unit) {
         const float total = sum[i] * share + (l.sparse.sink ? exp2f(sink - most) : 0.0f);
         for (long c = 0; c < l.V; ++c) to[c] = total > 0.0f ? out[i * V + c] * share / total : 0.0f;
     }
+}
+
+void attend_listed(const DecodeStep& p, const DecodeLayer& l, long unit) {
+    in_numbers_of(p.layers[l.sparse.source - 1], [&](auto number) { attend_listed_in<decltype(number)>(p, l, unit); });
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp2f(-x * kLog2e)); }
