@@ -270,16 +270,18 @@ def test_heads_are_those_of_torch(name):
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["qwen2", "mimo_v2_flash"])
+@pytest.mark.parametrize("name", ["qwen2", "mimo_v2_flash", "hysparse", "hysparse2"])
 def test_low_bit_weights(name, weights):
     """Activations of both paths round to the same int8 codes, but for those at a border: one such code shows
     in its token and, through attention, a little in later ones. So most tokens agree closely, and there are
     two layers and routes that are settled.
     """
-    few = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}
-    model = lowbit_model(
-        build(name, **(few if name == "mimo_v2_flash" else {"num_hidden_layers": 2})), weights
-    )
+    few = {"num_hidden_layers": 2}
+    if name == "mimo_v2_flash":
+        few |= {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}
+    if name.startswith("hysparse"):  # all blocks are listed: a choice, too, may fall the other way
+        few |= {"layer_types": [FULL, SPARSE], "moe_layer_freq": [0, 1], "sparse_topk_tokens": 512}
+    model = lowbit_model(build(name, **few), weights)
     for moe in model.moe_layers().values():
         moe.gate.e_score_correction_bias += 2.0 * torch.arange(moe.spec.num_experts)
     pair = Pair(model, truth=model)

@@ -6,12 +6,13 @@ letters: T tokens, E experts, F and D the output and input width of a matrix.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sateen.engine.cache.kv_cache import PAGE, KVCache, Pool
+from sateen.engine.native.forms import form_of, mixed, projections
 from sateen.models.decoder import Decoder, DecoderLayer
 from sateen.nn.attention import Attention
 from sateen.nn.attention.full import FullAttention, SlidingAttention
@@ -20,45 +21,14 @@ from sateen.nn.mlp import SwiGLU
 from sateen.nn.moe import Experts, MoE, Router
 from sateen.nn.mtp import MTPHead
 from sateen.nn.norm import RMSNorm
-from sateen.nn.quant.int8 import IntegerExperts, IntegerLinear
+from sateen.nn.quant.int8 import IntegerExperts
 from sateen.nn.rotary import rotary_frequencies
 from sateen.nn.spec import LayerSpec
 from sateen.ops.attention_and_blocks.reference import recent_blocks
-from sateen.ops.lowbit_matmul.native import FORMATS, INT4, INT8
 from sateen.ops.native import native, native_available
 
 ATTENTION = (FullAttention, SlidingAttention, GatedSlidingAttention, OracleAttention, SparseAttention)
-INTEGERS = {"int8": INT8, "int4": INT4}
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-
-
-class Form(NamedTuple):
-    """One matrix, or a stack of `num_stacked`, as native/linear.h stores it."""
-
-    kind: int
-    shape: tuple[int, ...]
-    weight: Tensor
-    scales: Tensor | None = None
-    bias: Tensor | None = None
-    num_stacked: int = 1
-
-
-def form_of(module: nn.Module, name: str = "") -> Form | None:
-    """The form of a layer's weights, of stacked experts those called `name`; None where there is none."""
-    if isinstance(module, IntegerLinear):
-        shape = module.out_features, module.in_features
-        return Form(INTEGERS[module.weights], shape, module.codes, module.scales, module.bias)
-    if isinstance(module, IntegerExperts):
-        codes, scales = getattr(module, f"{name}_codes"), getattr(module, f"{name}_scales")
-        return Form(INTEGERS[module.weights], module.shapes[name], codes, scales, None, len(codes))
-    if type(module) not in (nn.Linear, nn.Embedding, Experts):
-        return None
-    weight = getattr(module, name or "weight")
-    if weight.dtype not in FORMATS or not weight.is_contiguous():
-        return None
-    num_stacked = weight.shape[0] if weight.ndim == 3 else 1
-    shape = tuple(weight.shape[-2:])
-    return Form(FORMATS[weight.dtype], shape, weight, None, getattr(module, "bias", None), num_stacked)
 
 
 def blocks(model: Decoder, cache: KVCache) -> list[nn.Module]:
@@ -100,28 +70,15 @@ def _unfit(module: nn.Module) -> str | None:
             return "reads other rows than HySparse's layers do"
         if module.spec.rotary_dim % 2 or options.get("swa_rotary_dim", 0) % 2:
             return "rotates an odd number of channels"
-        return _mixed(*(form_of(x) for x in projections(module).values() if x is not None))
+        return mixed(*(form_of(x) for x in projections(module).values() if x is not None))
     if isinstance(module, SwiGLU):
-        return _mixed(form_of(module.gate_proj), form_of(module.up_proj))
+        return mixed(form_of(module.gate_proj), form_of(module.up_proj))
     if isinstance(module, (Experts, IntegerExperts)):
         forms = [form_of(module, f"{part}_proj") for part in ("gate", "up", "down")]
-        return "is stored in another way" if None in forms else _mixed(*forms[:2])
+        return "is stored in another way" if None in forms else mixed(*forms[:2])
     if type(module) in (MTPHead, DecoderLayer, MoE, Router, RMSNorm) or form_of(module) is not None:
         return None
     return f"is {type(module).__name__} or stored in another way"
-
-
-def projections(attention: Attention) -> dict[str, nn.Module | None]:
-    """The matrices that read a layer's input: `q`, `k`, `v` and `gate_proj`, None where it has none."""
-    kv = ("swa_k_proj", "swa_v_proj") if isinstance(attention, SparseAttention) else ("k_proj", "v_proj")
-    names = zip(("q", "k", "v", "gate_proj"), ("q_proj", *kv, "gate_proj"), strict=True)
-    return {part: getattr(attention, name, None) for part, name in names}
-
-
-def _mixed(*forms: Form | None) -> str | None:
-    """Matrices with one input must read it in one form; int8 and int4 weights do."""
-    kinds = {min(form.kind, INT8) for form in forms if form is not None}
-    return None if len(kinds) < 2 else "has matrices of several kinds"
 
 
 def _pool(cache: KVCache, index: int, spec: LayerSpec) -> Pool:
@@ -182,7 +139,7 @@ class PlanBuilder:
         return matrices | {
             "q_norm": q_norm,
             "k_norm": k_norm,
-            "sink": self._vector(attention.sink_swa if is_sparse else attention.attention_sink_bias),
+            "sink": self._vector(getattr(attention, "sink_swa" if is_sparse else "attention_sink_bias")),
             "o": self._matrix(cast(nn.Module, attention.o_proj)),
             "value_scale": 1.0 if is_sparse else spec.value_scale,
             "angles": self._rotation(theta, dim),
@@ -203,7 +160,9 @@ class PlanBuilder:
             "forced_window": forced or 0,
             "source": -1 if spec.kv_source is None else spec.kv_source,
             "listed_angles": self._rotation(spec.rope_theta, spec.rotary_dim),
-            "listed_sink": -1 if is_oracle else self._vector(cast(Tensor | None, attention.sink_sa)),
+            "listed_sink": self._vector(
+                attention.sink_sa if isinstance(attention, SparseAttention) else None
+            ),
             "lends_input": int(bool(options.get("publishes_input"))),
             "borrows_input": int(options.get("input_from") is not None),
         }
