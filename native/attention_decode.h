@@ -41,13 +41,15 @@ inline float few_scores(const AttentionShape& p, const Tile& tile, long row, con
 
 // Folds keys [begin, end), at most kFewRowsKeys, into what the online softmax of some rows carries: `top` and `sum` [rows],
 // `out` [rows, V]. `query(i)` is row i's channels times scale * log2(e); `scores` is scratch of [rows, kFewRowsKeys].
-template <typename RowAt>
+// `record(i, x)` sees row i's scores before they become weights.
+template <typename RowAt, typename Record>
 SATEEN_INLINE void fold_few_rows(const AttentionShape& p, const Tile& tile, RowAt query, long k0, long head, long begin, long end,
-                                 float* scores, float* top, float* sum, float* out) {
+                                 float* scores, float* top, float* sum, float* out, Record record) {
     const long rows = tile.last - tile.first;
     for (long i = 0; i < rows; ++i) {
         float* const x = scores + i * kFewRowsKeys;
         const float before = top[i], largest = few_scores(p, tile, i, query(i), k0, head, begin, end, x);
+        record(i, x);
         top[i] = largest > before ? largest : before;
         const float base = top[i] == -kInf ? 0.0f : top[i];
         const float shrink = exp2_fast(splat(before - base))[0];
@@ -63,6 +65,12 @@ SATEEN_INLINE void fold_few_rows(const AttentionShape& p, const Tile& tile, RowA
     }
     multiply<false, Into::add>({scores, kFewRowsKeys, p.v.at(k0 + begin, head), p.v.token_stride, out, p.V}, rows, p.V,
                                end - begin);
+}
+
+template <typename RowAt>
+SATEEN_INLINE void fold_few_rows(const AttentionShape& p, const Tile& tile, RowAt query, long k0, long head, long begin, long end,
+                                 float* scores, float* top, float* sum, float* out) {
+    fold_few_rows(p, tile, query, k0, head, begin, end, scores, top, sum, out, [](long, const float*) {});
 }
 
 // Attends to keys [from, to) of one tile of at most kFewRows rows; `top`, `sum` [rows] and `out` [rows, V] are set.

@@ -75,10 +75,24 @@ struct BoundPlan {
 
     int angles(const Floats& frequencies) { return plan.angles(frequencies.data(), long(frequencies.size())); }
 
+    // What a layer of HySparse chooses, lends and reads.
+    void sparse(const nb::dict& of, DecodeLayer& l) {
+        const auto number = [&](const char* name) { return nb::cast<int>(of[name]); };
+        SparseParts& s = l.sparse;
+        s.listed = number("listed"), s.recent = number("recent"), s.block_size = number("block_size"), s.forced_window = number("forced_window");
+        s.source = 1 + number("source"), s.angles = number("listed_angles"), s.sink = at(number("listed_sink"));
+        s.lends_input = number("lends_input"), s.borrows_input = number("borrows_input");
+        require(s.listed >= 0 && s.recent >= 0 && s.forced_window >= 0 && s.block_size >= (s.listed ? 1 : 0), "counts are not negative");
+        require(s.source <= plan.num_layers() && (!s.source || plan.layer(s.source - 1).sparse.listed), "a reader's source is an oracle before it");
+        if (!s.source) return;
+        const DecodeLayer& source = plan.layer(s.source - 1);
+        require(source.H == l.H && source.V == l.V && l.N % source.K == 0, "a reader has its source's channels");
+    }
+
     // Indices of vectors and matrices by name; `experts` and `head` are there where the layer has them.
     void layer(const nb::dict& of, const Any& k, const Any& v) {
         const auto number = [&](const char* name) { return nb::cast<int>(of[name]); };
-        const auto matrix = [&](const char* name) { return linears.at(size_t(number(name))); };
+        const auto matrix = [&](const char* name) { return number(name) < 0 ? Linear{} : linears.at(size_t(number(name))); };
         DecodeLayer l{};
         l.input_norm = at(number("input_norm")), l.mlp_norm = at(number("mlp_norm"));
         l.q_norm = at(number("q_norm")), l.k_norm = at(number("k_norm")), l.sink = at(number("sink"));
@@ -95,12 +109,20 @@ struct BoundPlan {
             e.router = {Format::f32, e.E, plan.D, at(number("router")), nullptr, nullptr};
             e.bias = at(number("router_bias")), e.scaling = nb::cast<float>(of["scaling"]), e.normalised = number("is_normalised");
         }
-        require(l.q.rows == l.N * l.H && l.k.rows == l.K * l.H && l.v.rows == l.K * l.V && l.N % l.K == 0 &&
+        if (of.contains("gate_proj")) {
+            l.sparse.gate = matrix("gate_proj");
+            require(l.sparse.gate.columns == plan.D && l.sparse.gate.rows % l.N == 0 && prepared_like(l.sparse.gate.format) == prepared_like(l.q.format),
+                    "gates read what queries read");
+        }
+        if (of.contains("block_size")) sparse(of, l);
+        const bool has_rows = !l.sparse.source || l.k.rows;
+        require(l.q.rows == l.N * l.H && (!has_rows || (l.k.rows == l.K * l.H && l.v.rows == l.K * l.V)) && l.N % l.K == 0 &&
                     l.o.columns == l.N * l.V && l.up.rows == l.F && l.down.columns == l.F,
                 "projections and cache agree on heads and channels");
-        for (const Linear* linear : {&l.q, &l.k, &l.v, &l.gate, &l.up}) require(linear->columns == plan.D, "layers read the residual stream");
+        for (const Linear* linear : {&l.q, &l.k, &l.v, &l.gate, &l.up})
+            require(linear->columns == plan.D || !linear->rows, "layers read the residual stream");
         require(l.o.rows == plan.D && l.down.rows == plan.D, "layers write the residual stream");
-        require(prepared_like(l.q.format) == prepared_like(l.k.format) && prepared_like(l.q.format) == prepared_like(l.v.format) &&
+        require((!has_rows || (prepared_like(l.q.format) == prepared_like(l.k.format) && prepared_like(l.q.format) == prepared_like(l.v.format))) &&
                     prepared_like(l.gate.format) == prepared_like(l.up.format),
                 "matrices with one input have one format");
         require(k.dtype() == v.dtype(), "keys and values have one format");
@@ -125,7 +147,7 @@ struct BoundPlan {
     }
 
     void step(int head, const std::optional<Floats>& hidden, const Numbers& ids, const Numbers& first_token, const Numbers& start, const Numbers& page_rows,
-              const Numbers& first_page, const Numbers& slot, const Numbers& mean_rows, const Floats& x, const Ints& routes, int num_threads) {
+              const Numbers& first_page, const Numbers& slot, const Numbers& mean_rows, const Floats& x, const Ints& routes, const Ints& lists, int num_threads) {
         const long B = long(start.size());
         require(long(first_token.size()) == B + 1 && long(first_page.size()) == B && long(slot.size()) == B && long(mean_rows.size()) == B, "one number per sequence");
         const long T = first_token.data()[B];
@@ -133,9 +155,10 @@ struct BoundPlan {
         require(long(ids.size()) == T, "one id per token");
         require(head < num_heads && (head < 0) == !hidden && (!hidden || hidden->size() == x.size()), "a head reads hidden states [T, D]");
         require(head >= 0 || long(routes.size()) == T * plan.routes_per_token(), "routes have the experts of every token and layer");
+        require(head >= 0 || long(lists.size()) == T * plan.lists_per_token(), "lists have the blocks of every token and oracle");
         const Batch batch{T, B, ids.data(), first_token.data(), start.data(), page_rows.data(), first_page.data(), slot.data(), mean_rows.data()};
         nb::gil_scoped_release release;
-        plan.step(batch, head, hidden ? hidden->data() : nullptr, x.data(), routes.data(), num_threads);
+        plan.step(batch, head, hidden ? hidden->data() : nullptr, x.data(), routes.data(), lists.data(), num_threads);
     }
 
     void logits(const Floats& x, const Floats& out, bool is_normed, int num_threads) {
@@ -158,7 +181,8 @@ void bind_decode(nb::module_& m) {
         .def("layer", &BoundPlan::layer)
         .def("ends", &BoundPlan::ends)
         .def("step", &BoundPlan::step, nb::arg("head"), nb::arg("hidden").none(), nb::arg("ids"), nb::arg("first_token"), nb::arg("start"), nb::arg("page_rows"),
-             nb::arg("first_page"), nb::arg("slot"), nb::arg("mean_rows"), nb::arg("x"), nb::arg("routes"), nb::arg("num_threads"))
+             nb::arg("first_page"), nb::arg("slot"), nb::arg("mean_rows"), nb::arg("x"), nb::arg("routes"), nb::arg("lists"), nb::arg("num_threads"))
+        .def_prop_ro("lists_per_token", [](const BoundPlan& p) { return p.plan.lists_per_token(); })
         .def_prop_ro("routes_per_token", [](const BoundPlan& p) { return p.plan.routes_per_token(); })
         .def("logits", &BoundPlan::logits, nb::arg("x"), nb::arg("out"), nb::arg("is_normed"), nb::arg("num_threads"));
 }

@@ -49,6 +49,19 @@ struct DecodeHead {
     bool hidden_first;
 };
 
+// What layers of HySparse have besides; see decode_sparse.h. All zero in other layers.
+struct SparseParts {
+    long listed, recent;             // of an oracle: blocks that a query chooses, and most that its newest keys touch
+    long block_size, forced_window;  // keys
+    long lists;                      // columns of the lists of all oracles before this one, all heads
+    int source;                      // of a reader: 1 + the oracle whose rows it reads
+    int angles;                      // its queries' over them
+    const float* sink;               // [N] over them, or null
+    Linear gate;                     // [branches N, D] or [branches N V, D]; no rows: no gate
+    bool lends_input, borrows_input; // the normed input, for keys and values of later layers
+};
+
+// A layer without rows in `k` has none of its own: then `cache`, K, H and V are those of its source.
 struct DecodeLayer {
     const float *input_norm, *mlp_norm;  // [D]
     const float *q_norm, *k_norm;        // [H] or null
@@ -59,6 +72,7 @@ struct DecodeLayer {
     float value_scale;
     int angles, span;  // which of the step's
     Experts experts;
+    SparseParts sparse;
 };
 
 // Rotary angles of one base: cosines and sines [T, half] of the step's positions.
@@ -94,6 +108,7 @@ constexpr long kSpanRows = 32;  // rows that share each block of keys
 struct DecodeScratch {
     float *normed, *q, *k, *v, *qr, *kr, *vr, *states, *attended, *gate, *up, *y, *joined;
     float* own_rows;                    // of layers with int8 rows: see decode_int8.h
+    float *listed_q, *listed_out, *gates, *lent_input, *maxima;  // see decode_sparse.h
     float *scores, *shares, *expert_y;  // of mixtures: [T, E], [T, A], [T A, D]
     int *slots, *groups;                // of mixtures: see decode_moe.h
     void* prepared;
@@ -120,6 +135,8 @@ struct DecodeStep : DecodeScratch {
     const DecodeHead* head;   // null for the trunk
     const float* hidden;      // [T, D] what a head reads
     float* x;                 // [T, D] the residual stream, at the end the result
+    long longest;             // keys of the longest sequence
+    int* lists;               // the blocks of every oracle's queries: [K, T, listed + recent], one after another
     int* routes;              // the experts of every layer, one layer's [T, A] after another
     int num_threads;
 };

@@ -77,7 +77,7 @@ void multiply_all(Team& team, const void* prepared, long M, const Product (&prod
         RowRange left = shares.panels(share);
         for (const Product& product : products) {
             const long panels = num_panels(*product.linear);
-            if (left.first < panels && left.last > 0) {
+            if (panels && left.first < panels && left.last > 0) {  // a matrix without rows is none
                 const RowRange rows = rows_of(*product.linear, {left.first > 0 ? left.first : 0, left.last < panels ? left.last : panels});
                 linear_multiply(*product.linear, prepared, M, rows.first, rows.last, product.y, product.linear->rows);
             }

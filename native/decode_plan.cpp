@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <numeric>
 
 namespace sateen {
 namespace {
@@ -12,7 +13,7 @@ namespace {
 constexpr long kAlign = 16;      // floats in a cache line
 constexpr long kLeastKeys = 64;  // a part of fewer keys costs more to merge than it saves
 constexpr long kPartsPerThread = 8;
-constexpr long kPhases = 16;     // more than a layer has, and than what comes before and after the layers
+constexpr long kPhases = 24;     // more than a layer has, and than what comes before and after the layers
 
 long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
@@ -56,10 +57,14 @@ int DecodePlan::angles(const float* frequencies, long half) {
 
 void DecodePlan::add(DecodeLayer layer, long window, const DecodeHead* head) {
     const long group = layer.N / layer.K;
+    // A block of an oracle is never in two parts.
+    const long unit = layer.sparse.listed ? std::lcm(page_, layer.sparse.block_size) : page_;
     size_t i = 0;
-    while (i < kinds_.size() && (kinds_[i].group != group || kinds_[i].window != window)) ++i;
-    if (i == kinds_.size()) kinds_.push_back({group, window, {}, {}, {}});
+    while (i < kinds_.size() && (kinds_[i].group != group || kinds_[i].window != window || kinds_[i].unit != unit)) ++i;
+    if (i == kinds_.size()) kinds_.push_back({group, window, unit, {}, {}, {}});
     layer.span = int(i);
+    layer.sparse.lists = lists_;
+    lists_ += layer.K * (layer.sparse.listed + layer.sparse.recent);
     layer.experts.routes = routes_;
     routes_ += layer.experts.A;
     layers_.push_back(layer);
@@ -92,7 +97,7 @@ Span DecodePlan::divide(Kind& kind, const Batch& batch, int num_threads) const {
                     // Cut at whole blocks of the cache, which in rings begin at the oldest row that is seen.
                     const auto cut = [&](long part) {
                         const long at = low + (high - low) * part / parts;
-                        return part == 0 ? low : part == parts ? high : std::clamp(base + (at - base) / page_ * page_, low, high);
+                        return part == 0 ? low : part == parts ? high : std::clamp(base + (at - base) / kind.unit * kind.unit, low, high);
                     };
                     kind.tasks.push_back({b, first, used, cut(i), cut(i + 1), states});
                     states += used;
@@ -115,7 +120,7 @@ float* DecodePlan::take(long count) {
     return memory_.get();
 }
 
-void DecodePlan::step(const Batch& batch, int head, const float* hidden, float* x, int* routes, int num_threads) {
+void DecodePlan::step(const Batch& batch, int head, const float* hidden, float* x, int* routes, int* lists, int num_threads) {
     refresh();
     const long T = batch.T, num_trunk = long(layers_.size() - heads_.size());
     const DecodeLayer* const layers = layers_.data() + (head < 0 ? 0 : num_trunk + head);
@@ -123,6 +128,8 @@ void DecodePlan::step(const Batch& batch, int head, const float* hidden, float* 
     std::vector<Span> spans;
     for (Kind& kind : kinds_) spans.push_back(divide(kind, batch, num_threads));
     long N_H = 0, K_H = 0, N_V = 0, K_V = 0, padded_N = 0, padded_K = 0, padded_V = 0, F = 0, E = 0, A = 0, states = 0, own = 0;
+    long listed_q = 0, listed_out = 0, gates = 0, lent = 0, maxima = 0, longest = 0;
+    for (long b = 0; b < batch.B; ++b) longest = std::max(longest, batch.start[b] + batch.first_token[b + 1] - batch.first_token[b]);
     for (const DecodeLayer* l = layers; l < layers + num_layers; ++l) {
         const long H = round_up(l->H, kAlign), V = round_up(l->V, kAlign);
         N_H = std::max(N_H, l->N * l->H), K_H = std::max(K_H, l->K * l->H);
@@ -131,6 +138,11 @@ void DecodePlan::step(const Batch& batch, int head, const float* hidden, float* 
         E = std::max(E, l->experts.E), A = std::max(A, l->experts.A), F = std::max(F, l->F * std::max(1L, l->experts.A));
         if (l->cache.scales.k) own = std::max(own, T * l->K * (2 + (H + V) / 4));
         states = std::max(states, spans[l->span].state_rows * l->K * (V + 2));
+        const SparseParts& s = l->sparse;
+        if (s.source) listed_q = std::max(listed_q, T * l->N * H), listed_out = std::max(listed_out, T * l->N * l->V);
+        if (s.listed) maxima = std::max(maxima, T * l->N * round_up((longest + s.block_size - 1) / s.block_size, kAlign));
+        if (s.lends_input) lent = T * D;
+        gates = std::max(gates, T * s.gate.rows);
     }
     long trig = 0;
     for (const Angles& angles : angles_) trig += 2 * round_up(T * angles.half, kAlign);
@@ -140,6 +152,7 @@ void DecodePlan::step(const Batch& batch, int head, const float* hidden, float* 
         {&p.normed, T * D}, {&p.q, T * N_H}, {&p.k, T * K_H}, {&p.v, T * K_V}, {&p.qr, T * padded_N},
         {&p.kr, T * padded_K}, {&p.vr, T * padded_V}, {&p.states, states}, {&p.own_rows, own}, {&p.attended, T * N_V},
         {&p.gate, T * F}, {&p.up, T * F}, {&p.y, T * D}, {&p.joined, head < 0 ? 0 : 2 * T * D},
+        {&p.listed_q, listed_q}, {&p.listed_out, listed_out}, {&p.gates, gates}, {&p.lent_input, lent}, {&p.maxima, maxima},
         {&p.scores, T * E}, {&p.shares, T * A}, {&p.expert_y, T * A * D}};
     long total = trig;
     for (const auto& [at, count] : parts) total += round_up(count, kAlign);
@@ -156,7 +169,7 @@ void DecodePlan::step(const Batch& batch, int head, const float* hidden, float* 
     std::vector<int> slots(2 * T * A), groups(2 * E + 2);
     counters_.assign((num_layers + 1) * kPhases, 0);
     p.counters = counters_.data(), p.meeting = &meeting_;
-    p.slots = slots.data(), p.groups = groups.data(), p.routes = routes;
+    p.slots = slots.data(), p.groups = groups.data(), p.routes = routes, p.lists = lists, p.longest = longest;
     p.layers = layers, p.num_layers = num_layers, p.head = head < 0 ? nullptr : &heads_[head], p.hidden = hidden;
     p.D = D, p.T = T, p.B = batch.B, p.page = page_, p.eps = eps_;
     p.angles = angles_.data(), p.num_angles = long(angles_.size());

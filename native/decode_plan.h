@@ -26,14 +26,19 @@ class DecodePlan {
     // A layer of the trunk, or that of `head`; heads come last. Fills in `span`; `window` is 0 for all keys.
     void add(DecodeLayer layer, long window, const DecodeHead* head = nullptr);
 
+    long num_layers() const { return long(layers_.size()); }
+    const DecodeLayer& layer(long i) const { return layers_[size_t(i)]; }
+
     Linear embedding{}, head{};
     const float* final_norm = nullptr;
     long D;
 
     // Experts that a token is routed to, all layers of the trunk together.
     long routes_per_token() const { return routes_; }
+    // Blocks that a token's queries list, all heads of all oracles.
+    long lists_per_token() const { return lists_; }
     // The trunk's hidden states, or with `head` from 0 that head's output for the trunk's or another head's `hidden`.
-    void step(const Batch& batch, int head, const float* hidden, float* x, int* routes, int num_threads);
+    void step(const Batch& batch, int head, const float* hidden, float* x, int* routes, int* lists, int num_threads);
     void logits(const float* x, long M, const float* norm, float* out, int num_threads);
 
   private:
@@ -43,7 +48,7 @@ class DecodePlan {
         std::unique_ptr<std::vector<float>> floats;
     };
     struct Kind {
-        long group, window;
+        long group, window, unit;  // keys are cut at multiples of `unit`
         std::vector<SpanTask> tasks;
         std::vector<SpanTile> tiles;
         std::vector<long> first_tile;
@@ -60,7 +65,7 @@ class DecodePlan {
     long page_;
     std::vector<DecodeLayer> layers_;  // the trunk's, then those of the heads
     std::vector<DecodeHead> heads_;
-    long routes_ = 0;
+    long routes_ = 0, lists_ = 0;
     std::vector<Vector> vectors_;
     std::vector<Angles> angles_;
     std::vector<std::vector<float>> frequencies_;

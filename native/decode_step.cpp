@@ -4,6 +4,7 @@
 #include "decode_attention.h"
 #include "decode_linear.h"
 #include "decode_moe.h"
+#include "decode_sparse.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -39,12 +40,17 @@ void place_heads(const DecodeStep& p, const DecodeLayer& l, long t) {
     const long H = padded(l.H), V = padded(l.V);
     const Angles& angles = p.angles[l.angles];
     const float scale = kLog2e / sqrtf(float(l.H));
-    for (long n = 0; n < l.N; ++n) {
-        float* const q = p.qr + (t * l.N + n) * H;
-        rotate(p.q + (t * l.N + n) * l.H, l.q_norm, p.eps, l.H, angles, t, q);
-        for (long h = 0; h < l.H; ++h) q[h] *= scale;
-        for (long h = l.H; h < H; ++h) q[h] = 0.0f;
-    }
+    const auto place_queries = [&](const Angles& turn, float* to) {
+        for (long n = 0; n < l.N; ++n) {
+            float* const q = to + (t * l.N + n) * H;
+            rotate(p.q + (t * l.N + n) * l.H, l.q_norm, p.eps, l.H, turn, t, q);
+            for (long h = 0; h < l.H; ++h) q[h] *= scale;
+            for (long h = l.H; h < H; ++h) q[h] = 0.0f;
+        }
+    };
+    if (l.sparse.source && listed_queries(p, l) != p.qr) place_queries(p.angles[l.sparse.angles], p.listed_q);
+    if (!has_own_rows(l)) return;
+    place_queries(angles, p.qr);
     for (long head = 0; head < l.K; ++head) {
         float *const k = p.kr + (t * l.K + head) * H, *const v = p.vr + (t * l.K + head) * V;
         rotate(p.k + (t * l.K + head) * l.H, l.k_norm, p.eps, l.H, angles, t, k);
@@ -57,17 +63,30 @@ void place_heads(const DecodeStep& p, const DecodeLayer& l, long t) {
 }
 
 void attention(const DecodeStep& p, const DecodeLayer& l, Team& team) {
-    multiply_all<3>(team, p.prepared, p.T, {{&l.q, p.q}, {&l.k, p.k}, {&l.v, p.v}});
+    const SparseParts& s = l.sparse;
+    if (s.borrows_input) {
+        multiply_all<2>(team, p.prepared, p.T, {{&l.q, p.q}, {&s.gate, p.gates}});
+        team.share(p.T, [&](long t) { prepare(l.k, p.lent_input, t, p.prepared); });
+        multiply_all<2>(team, p.prepared, p.T, {{&l.k, p.k}, {&l.v, p.v}});
+    } else {
+        multiply_all<4>(team, p.prepared, p.T, {{&l.q, p.q}, {&l.k, p.k}, {&l.v, p.v}, {&s.gate, p.gates}});
+    }
     team.share(p.T, [&](long t) { place_heads(p, l, t); });
     if (l.cache.scales.k) {
         team.share(p.B, [&](long b) { take_mean(p, l, b); });
         team.share(p.T, [&](long t) { quantise_row(p, l, t); });
     }
     const Span& span = p.spans[l.span];
-    team.share(span.num_tasks, [&](long i) { attend_span(p, l, span.tasks[i]); });
+    const long units = listed_units(p, l);
+    team.share(units + (has_own_rows(l) ? span.num_tasks : 0), [&](long i) {
+        if (i < units) attend_listed(p, l, i);
+        else if (s.listed) attend_oracle(p, l, span.tasks[i - units]);
+        else attend_span(p, l, span.tasks[i - units]);
+    });
     team.share(p.T, [&](long t) {
-        finish_attention(p, l, t);
-        keep_row(p, l, t);
+        if (has_own_rows(l)) finish_attention(p, l, t), keep_row(p, l, t);
+        if (s.listed) list_blocks(p, l, t);
+        if (s.gate.rows) join_branches(p, l, t);
         prepare(l.o, p.attended, t, p.prepared);
     });
     multiply_all<1>(team, p.prepared, p.T, {{&l.o, p.y}});
@@ -132,6 +151,7 @@ void run(const DecodeStep& p, Team& team) {
                 if (!p.head) embed(p, t, x);
             }
             normalise(x, l.input_norm, p.D, p.eps, normed);
+            if (l.sparse.lends_input) __builtin_memcpy(p.lent_input + t * p.D, normed, p.D * sizeof(float));
             prepare(l.q, p.normed, t, p.prepared);
         });
         attention(p, l, team);

@@ -81,7 +81,10 @@ def test_the_second_half_computes_few_rows(model, draft, make_prompts, greedy):
     prompts = make_prompts([250, 33])
     counts, heads = {}, {}
     for is_on in (False, True):
-        llm = LLM(model, draft=draft, prefill_exit=is_on, prefix_cache=False, max_num_batched_tokens=100)
+        llm = LLM(
+            model, draft=draft, prefill_exit=is_on, prefix_cache=False, max_num_batched_tokens=100,
+            step="torch",
+        )  # fmt: skip
         hooks = [rows_through(model.model.layers[i].self_attn.q_proj) for i in (0, 1, 3, 7)]
         head = rows_through(model.mtp_heads()[0].self_attn.q_proj)
         llm.generate(prompts, greedy(2))

@@ -34,7 +34,7 @@ def asked(model, make_prompts, greedy_by_hand):
 
 
 @pytest.mark.parametrize("draft", ["none", "mtp"])
-@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 17}, TIGHT])
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 17}, TIGHT, {"step": "torch"}])
 def test_greedy_tokens_are_those_of_whole_forwards(model, asked, draft, settings, tokens_of, greedy):
     """Whole and chunked prompts, preemption, prompts that begin alike, answers taken up again."""
     prompts, want = asked

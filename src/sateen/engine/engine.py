@@ -71,6 +71,7 @@ class LLM:
         anchor_memory_bytes: int | None = None,
         prefill_exit: bool = True,
         kv_offload: bool = False,
+        kv_prefetch: bool = False,
         max_waiting: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -91,9 +92,9 @@ class LLM:
                 eight or four bits and their inputs to int8, the output matrix to int8 with both, and keep the
                 embedding; `fairy2` packs the complex two-bit weights of a model that has them as masters, and
                 takes packed ones as they are.
-            step: how the trunk runs for up to 64 tokens, decoding above all: `native` in one compiled call,
-                `torch` layer by layer; `auto` is native where it can be. Longer steps and `score` run in
-                torch.
+            step: how the trunk runs for up to 512 tokens (32 with HySparse), decoding above all: `native` in
+                one compiled call, `torch` layer by layer; `auto` is native where it can be. Longer steps and
+                `score` run in torch.
             kv_cache_dtype: `auto` (the model's), `fp32`, `bf16`, `fp16`, or `int8` with a scale per token and
                 head.
             int8_budget: where attention computes with integers, layers that err more than this on a short
@@ -120,6 +121,9 @@ class LLM:
             kv_offload: the pages of full layers live in host memory; layers that read chosen blocks get those
                 alone. The tokens are the same. Made for accelerators and never run on one; on a CPU it only
                 copies more.
+            kv_prefetch: with `kv_offload`, chosen blocks are gathered and copied while the full layer that
+                chose them goes on computing, and awaited by the first layer that reads them. The tokens are
+                the same.
             max_waiting: requests that `add` lets wait beside those in work; None for any number.
             clock: seconds that `deadline_s` is measured in.
 
@@ -159,11 +163,13 @@ class LLM:
                 "kv_offload stages chosen blocks alone, and with share_kv_swa windows read these rows too; "
                 "use kv_offload=False"
             )
+        if kv_prefetch and not kv_offload:
+            raise ConfigError("kv_prefetch brings blocks that kv_offload keeps away; use both or neither")
         self.cache = sized_cache(
             model, num_draft=self.num_draft, kv_cache_dtype=kv_cache_dtype,
             attention="float" if attention == "auto" else attention,
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_memory_bytes=kv_memory_bytes,
-            num_pages=num_pages, offloads=kv_offload,
+            num_pages=num_pages, offloads=kv_offload, prefetches=kv_prefetch,
         )  # fmt: skip
         self._attention, self._int8_budget = attention, int8_budget
         self._choose_attention()

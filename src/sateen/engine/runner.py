@@ -105,7 +105,7 @@ class Runner:
         view = self.cache.forward([chunk.entry for chunk in chunks], counts)
         links = LayerLinks()
         wanted = [self._wanted(chunk) for chunk in chunks] if self.early_exit is not None else counts
-        if self.native is not None and len(ids) <= MAX_TOKENS:
+        if self.native is not None and self.native.fits(view):
             hidden = self.native.trunk(ids, view, links)
         elif self.graph is not None and self.graph.fits(view):
             hidden = self.graph.trunk(ids, view)

@@ -24,6 +24,7 @@ from sateen.nn.moe import MoE, Router
 from sateen.nn.mtp import MTPHead
 from sateen.nn.norm import NORMS
 from sateen.nn.quant import PackedLinear, QuantLinear, quantize_linears
+from sateen.nn.recompute import Recompute
 from sateen.nn.spec import LayerSpec
 
 
@@ -51,7 +52,13 @@ class CausalLMOutput:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention and MLP, each added to the residual stream.
+
+    Attributes:
+        recompute: keeps the layer's inputs alone for the backward pass; None keeps all activations.
+    """
+
+    recompute: Recompute | None = None
 
     def __init__(self, hidden_size: int, spec: LayerSpec, eps: float):
         super().__init__()
@@ -65,6 +72,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = NORMS[spec.norm](hidden_size, eps)
 
     def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
+        if self.recompute is not None and cache is None and torch.is_grad_enabled():
+            return self.recompute(self._forward, self.self_attn.spec, (x_TD,), seq, links)
+        return self._forward(x_TD, seq, cache, links)
+
+    def _forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), seq, cache, links)
         normed = self.post_attention_layernorm(x_TD)
         out: Tensor = x_TD + (self.mlp(normed, seq, links) if isinstance(self.mlp, MoE) else self.mlp(normed))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sateen.nn.attention import Attention, LayerCache, LayerLinks, Sequences
 from sateen.nn.mlp import SwiGLU
 from sateen.nn.norm import RMSNorm
+from sateen.nn.recompute import Recompute
 from sateen.nn.spec import MTPSpec
 
 
@@ -23,7 +24,12 @@ class MTPHead(nn.Module):
     """One head: two norms, a joining projection, a decoder block and its own final norm.
 
     The embedding and output matrices are the trunk's. Tensor names follow the checkpoint (`spec.names`).
+
+    Attributes:
+        recompute: keeps the head's inputs alone for the backward pass; None keeps all activations.
     """
+
+    recompute: Recompute | None = None
 
     def __init__(self, hidden_size: int, eps: float, spec: MTPSpec, index: int):
         super().__init__()
@@ -57,6 +63,19 @@ class MTPHead(nn.Module):
         links: LayerLinks,
     ) -> Tensor:
         """The normed output [T, D]: input of the output matrix, and of the next head if heads are chained."""
+        if self.recompute is not None and cache is None and torch.is_grad_enabled():
+            spec = self.self_attn.spec
+            return self.recompute(self._forward, spec, (hidden_TD, embedding_TD), seq, links)
+        return self._forward(hidden_TD, embedding_TD, seq, cache, links)
+
+    def _forward(
+        self,
+        hidden_TD: Tensor,
+        embedding_TD: Tensor,
+        seq: Sequences,
+        cache: LayerCache | None,
+        links: LayerLinks,
+    ) -> Tensor:
         x = self.join(hidden_TD, embedding_TD)
         x = x + self.self_attn(self.input_layernorm(x), seq, cache, links)
         x = x + self.mlp(self._named("mlp_norm")(x))

@@ -27,6 +27,7 @@ from sateen.models.mimo_audio.prompts import Prompts
 from sateen.models.mimo_audio.tokenizer import AudioTokenizer
 from sateen.models.mimo_audio_lm import AudioTokens
 from sateen.models.registry import preset
+from sateen.train.activations import checkpoint_activations
 from sateen.train.audio_documents import DocumentLoader, SpokenClip, encode_clips
 from sateen.train.code_losses import code_nats
 from sateen.train.loop import BatchSource, is_finished, stage_seed, train_stage
@@ -63,11 +64,16 @@ class AudioLMSubject:
             )
         folder = resolve_audio_tokenizer(origin)
         self._listen_with(folder)
-        return self._new() if folder == origin else self._load(origin)
+        return self._ready(self._new() if folder == origin else self._load(origin))
 
     def resume(self, folder: Path) -> AudioLM:
         self._listen_with(folder / SUBFOLDER)
-        return self._load(folder)
+        return self._ready(self._load(folder))
+
+    def _ready(self, model: AudioLM) -> AudioLM:
+        if self.stage.activation_checkpointing:
+            checkpoint_activations(model, getattr(torch, self.context.config.dtype))
+        return model
 
     def _listen_with(self, folder: Path) -> None:
         self.codec = load_audio_tokenizer(folder, device=self.context.config.device)

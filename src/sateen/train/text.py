@@ -22,6 +22,7 @@ from sateen.data.packing import IGNORE, PackedBatch
 from sateen.models.decoder import Decoder
 from sateen.nn.mlp import SwiGLU
 from sateen.nn.norm import RMSNorm
+from sateen.train.activations import checkpoint_activations
 from sateen.train.heldout import bits_per_byte
 from sateen.train.loop import BatchSource, is_finished, stage_seed, train_stage
 from sateen.train.objective import TokenObjective
@@ -85,6 +86,8 @@ class TextSubject:
             self.freeze(model)
         if self.context.stage.compile:
             compile_pieces(model)
+        if self.context.stage.activation_checkpointing:
+            checkpoint_activations(model, getattr(torch, self.context.config.dtype))
         return model
 
     def objective(self, model: Decoder) -> TokenObjective:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
 from sateen import ops
 from sateen.engine.cache.forward_cache import ForwardCache
+from sateen.engine.cache.prefetch import Coming, Lane
 from sateen.engine.cache.staging import stage_blocks
 from sateen.engine.engine import LLM
 from sateen.errors import ConfigError
@@ -58,14 +61,17 @@ def test_attention_over_staged_blocks_is_attention_over_all(block_size, queries,
     ids=["whole prompts", "chunks", "tight"],
 )
 @pytest.mark.parametrize("name", ["hysparse-tiny", "hysparse2-tiny"])
-def test_tokens_are_those_without_offloading(name, settings, drafting_model, make_prompts, tokens_of, greedy):
+@pytest.mark.parametrize("prefetches", [False, True], ids=["", "prefetched"])
+def test_tokens_are_those_without_offloading(
+    prefetches, name, settings, drafting_model, make_prompts, tokens_of, greedy
+):
     small = {"sparse_topk_tokens": 32} if name == "hysparse-tiny" else {"mtp_intermediate_size": 48}
     model = drafting_model(name, heads=2, noise=0.25, strength=0.1, **small)
     start, a, b = make_prompts([140, 50, 9])
     prompts = [start + a, b, start + b, a]
     settings = {"draft": "mtp", "max_num_seqs": 3, "max_model_len": 300} | settings
     plain = LLM(model, **settings)
-    away = LLM(model, kv_offload=True, **settings)
+    away = LLM(model, kv_offload=True, kv_prefetch=prefetches, **settings)
     assert tokens_of(away, prompts, greedy(16)) == tokens_of(plain, prompts, greedy(16))
     assert away.stats()["host_bytes"] == away.stats()["allocated_bytes"]["paged"] > 0
     assert plain.stats()["host_bytes"] == 0
@@ -101,3 +107,66 @@ def test_models_without_lists_only_move_their_pages(random_model, make_prompts, 
 def test_int8_rows_cannot_be_offloaded(hysparse):
     with pytest.raises(ConfigError, match="kv_offload keeps rows as floats, and kv_cache_dtype is int8"):
         LLM(hysparse, kv_offload=True, kv_cache_dtype="int8")
+
+
+def test_blocks_come_while_the_oracle_goes_on(random_model, make_prompts, greedy, monkeypatch):
+    """Asked for inside an oracle's attention, awaited by the first sparse layer of its block, once."""
+    model = random_model("hysparse-tiny", sparse_topk_tokens=32)
+    events: list[str] = []
+    fetch, wait, bring = Lane.fetch, Coming.wait, Lane._bring
+    held = threading.Event()
+
+    def watched_fetch(self, *args):
+        events.append("asked")
+        held.clear()
+        return fetch(self, *args)
+
+    def late_bring(self, *args):
+        assert threading.current_thread() is not threading.main_thread()
+        assert held.wait(30)  # until the oracle's MLP is done: nothing before it may need the rows
+        return bring(self, *args)
+
+    def watched_wait(self):
+        events.append("awaited")
+        return wait(self)
+
+    monkeypatch.setattr(Lane, "fetch", watched_fetch)
+    monkeypatch.setattr(Lane, "_bring", late_bring)
+    monkeypatch.setattr(Coming, "wait", watched_wait)
+
+    def after_mlp(name):
+        events.append(name)
+        held.set()
+
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, name=f"attention {i}": events.append(name))
+        layer.mlp.register_forward_hook(lambda *_, name=f"mlp {i}": after_mlp(name))
+    llm = LLM(model, kv_offload=True, kv_prefetch=True, max_model_len=300, max_num_seqs=1)
+    llm.generate(make_prompts([200]), greedy(2))
+    block = [["asked", f"attention {i}", f"mlp {i}", "awaited", f"attention {i + 1}", f"mlp {i + 1}",
+              f"attention {i + 2}", f"mlp {i + 2}"] for i in (0, 3)]  # fmt: skip
+    forward = [*block[0], *block[1], "attention 6", "mlp 6"]
+    rounds, rest = divmod(len(events), len(forward))
+    assert rest == 0
+    assert rounds > 1
+    assert events == forward * rounds
+
+
+def test_rows_are_read_before_they_are_written_again():
+    """`drain` returns once the host has read the rows, whether or not somebody waited for them."""
+    lane, pool = Lane(torch.device("cpu")), torch.arange(6.0).view(3, 2)
+    coming = lane.fetch([pool, pool], torch.tensor([2, 0]), torch.bfloat16)
+    lane.drain()
+    pool.zero_()
+    first, second = coming.wait()
+    assert first.dtype == torch.bfloat16
+    assert first.tolist() == second.tolist() == [[4.0, 5.0], [0.0, 1.0]]
+    failed = lane.fetch([pool], torch.tensor([9]), torch.float32)
+    lane.drain()
+    with pytest.raises(IndexError):
+        failed.wait()
+
+
+def test_prefetching_needs_offloading(hysparse):
+    with pytest.raises(ConfigError, match="use both or neither"):
+        LLM(hysparse, kv_prefetch=True)

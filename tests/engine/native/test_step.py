@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sateen.engine.cache.kv_cache import KVCache
+from sateen.engine.cache.sizing import sized_cache
 from sateen.engine.engine import LLM
 from sateen.engine.native.step import MAX_TOKENS, NativeStep
 from sateen.errors import BackendUnavailable, ConfigError
@@ -34,7 +35,33 @@ FLASH = {
     "n_routed_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
     "num_nextn_predict_layers": 2,
 }  # fmt: skip
+FULL, SPARSE, SLIDING = "full_attention", "sparse_attention", "sliding_attention"
+HYSPARSE = {
+    "model_type": "hysparse", "num_hidden_layers": 6, "sliding_window": 11, "v_head_dim": 16,
+    "layer_types": [FULL, SPARSE, SPARSE, FULL, SPARSE, FULL], "sparse_block_size": 8,
+    "sparse_topk_tokens": 32,
+}  # fmt: skip
+HYSPARSE2 = HYSPARSE | {
+    "layer_types": [SLIDING, FULL, SLIDING, FULL, SPARSE, FULL], "sparse_bridge": True,
+    "swa_output_gate": True, "sparse_select": "token", "sparse_local": "forced", "num_key_value_heads": 1,
+    "sparse_topk_tokens": 20, "partial_rotary_factor": 0.0, "swa_partial_rotary_factor": 0.5,
+    "moe_layer_freq": [0, 1, 1, 1, 1, 0], "n_routed_experts": 5, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "num_nextn_predict_layers": 1,
+}  # fmt: skip
 FAMILIES = {
+    "hysparse": HYSPARSE,
+    "hysparse, odd sizes": HYSPARSE | {
+        "head_dim": 20, "v_head_dim": 12, "sparse_block_size": 7, "sparse_topk_tokens": 21,
+        "swa_num_key_value_heads": 3, "swa_rope_theta": 500.0, "swa_partial_rotary_factor": 0.6,
+        "gate_granularity": "element", "attention_bias": True, "sink_sa": False,
+    },
+    "hysparse, blocks over pages": HYSPARSE | {
+        "sparse_block_size": 48, "sparse_topk_tokens": 96, "sparse_local": "none",
+        "gate_granularity": "element",
+    },
+    "hysparse, blocks beyond pages": HYSPARSE | {"sparse_block_size": 80, "sparse_topk_tokens": 80},
+    "hysparse, forced blocks": HYSPARSE | {"sparse_local": "forced", "sink_swa": False},
+    "hysparse2": HYSPARSE2,
     "llama": {"model_type": "llama"},
     "llama, odd sizes": {
         "model_type": "llama", "attention_bias": True, "head_dim": 10, "hidden_size": 33,
@@ -243,16 +270,18 @@ def test_heads_are_those_of_torch(name):
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["qwen2", "mimo_v2_flash"])
+@pytest.mark.parametrize("name", ["qwen2", "mimo_v2_flash", "hysparse", "hysparse2"])
 def test_low_bit_weights(name, weights):
     """Activations of both paths round to the same int8 codes, but for those at a border: one such code shows
     in its token and, through attention, a little in later ones. So most tokens agree closely, and there are
     two layers and routes that are settled.
     """
-    few = {"num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}
-    model = lowbit_model(
-        build(name, **(few if name == "mimo_v2_flash" else {"num_hidden_layers": 2})), weights
-    )
+    few = {"num_hidden_layers": 2}
+    if name == "mimo_v2_flash":
+        few |= {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}
+    if name.startswith("hysparse"):  # all blocks are listed: a choice, too, may fall the other way
+        few |= {"layer_types": [FULL, SPARSE], "moe_layer_freq": [0, 1], "sparse_topk_tokens": 512}
+    model = lowbit_model(build(name, **few), weights)
     for moe in model.moe_layers().values():
         moe.gate.e_score_correction_bias += 2.0 * torch.arange(moe.spec.num_experts)
     pair = Pair(model, truth=model)
@@ -264,6 +293,96 @@ def test_low_bit_weights(name, weights):
     assert max(errors) < 2e-2
     with torch.inference_mode():
         assert relative_rms(pair.native.logits(want), model.logits(model.head_input(want)).double()) < 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "hysparse" in name])
+def test_lists_are_those_of_torch(name):
+    """Of every token, chosen by probability over the group's heads; prompts, decodes, drafts and chunks."""
+    pair = Pair(build(name))
+    oracles = [spec.index for spec in pair.truth.config.specs if spec.options.get("num_blocks")]
+    assert oracles
+    compared = different = 0
+    for counts in SCHEDULE:
+        pair.step(counts)
+        want, got = (links.selections for links in pair.links)
+        assert sorted(got) == oracles
+        for layer in oracles:
+            assert got[layer].dtype == torch.int32
+            assert got[layer].shape == want[layer].shape
+            compared += got[layer].shape[1]
+            different += int((got[layer] != want[layer]).any(-1).any(0).sum())
+    assert compared > 300
+    assert different == 0
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["hysparse", "hysparse, odd sizes", "hysparse2"])
+def test_hysparse_at_every_instruction_set(name, isa):
+    """Rows of float32 against torch in float64, lists included; rows of 16 bits where every visible block is
+    listed, because rounding moves other choices.
+    """
+    before = native().current_isa()
+    try:
+        native().select_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        exact = Pair(build(name))
+        for counts in SCHEDULE[:5]:
+            want, got = exact.step(counts)
+            assert_near(got, want, 1e-5)
+        for layer, lists in exact.links[1].selections.items():
+            assert lists.equal(exact.links[0].selections[layer])
+        size = 1 if name == "hysparse2" else TINY["head_dim"]
+        everything = {"sparse_block_size": size, "sparse_topk_tokens": 512}
+        for dtype, head_dim in ((torch.float16, 16), (torch.bfloat16, 24), (torch.bfloat16, 64)):
+            wide = {"head_dim": head_dim, "v_head_dim": 32 if head_dim == 64 else 12}
+            model = build(name, **everything, **wide)
+            for moe in model.moe_layers().values():  # routes that rounding leaves alone
+                moe.gate.e_score_correction_bias += 2.0 * torch.arange(moe.spec.num_experts)
+            rounded = Pair(model, dtype)
+            for counts in SCHEDULE[:8]:
+                want, got = rounded.step(counts)
+                assert_near(got, want, TOLERANCE[dtype])
+    finally:
+        native().select_isa(before)
+
+
+@pytest.mark.parametrize("name", ["hysparse, odd sizes", "hysparse, blocks over pages", "hysparse2"])
+def test_threads_share_the_keys_of_an_oracle(name):
+    """Parts of a long sequence are merged; a block is never in two of them. Lists stay to the last one."""
+    model, found = build(name), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        rng = random.Random(5)
+        cache = make_cache(model, torch.float32)
+        step, entries, links = NativeStep(model, cache), [cache.open(), cache.open()], LayerLinks()
+        for counts in ([32, 1], [32, 2], *[[30, 0]] * 6, [1, 1], [4, 1]):
+            theirs = [entry for entry, count in zip(entries, counts, strict=True) if count]
+            counts = [count for count in counts if count]
+            for entry, count in zip(theirs, counts, strict=True):
+                assert cache.reserve(entry, entry.length + count)
+            ids = [rng.randrange(97) for _ in range(sum(counts))]
+            out = step.trunk(ids, cache.forward(theirs, counts), links)
+        found.append((out, links.selections))
+    for out, lists in found[1:]:
+        assert_near(out, found[0][0], 1e-5)
+        assert all(lists[layer].equal(found[0][1][layer]) for layer in lists)
+
+
+def test_long_steps_with_hysparse_run_in_torch():
+    """Queries of a prompt share blocks; and block maxima take memory by tokens, heads and blocks."""
+    model = build("hysparse")
+    cache = make_cache(model, torch.float32)
+    step, entry = NativeStep(model, cache), cache.open()
+
+    def fits(count):
+        assert cache.reserve(entry, entry.length + count)
+        return step.fits(cache.forward([entry], [count]))
+
+    assert [fits(32), fits(33), fits(1)] == [True, False, True]
+    plain = build("llama")
+    assert NativeStep(plain, make_cache(plain, torch.float32)).fits(cache.forward([entry], [400]))
 
 
 def test_experts_are_those_of_torch():
@@ -345,7 +464,14 @@ def test_refusals(hysparse):
     assert reason(build("llama"), torch.int8, "int8") is None
     assert "no attention 'int8' over rows of torch.bfloat16" in reason(build("llama"), torch.bfloat16, "int8")
     assert "attention 'int8-half'" in reason(build("llama"), torch.int8, "int8-half")
-    assert "oracle_attention" in reason(hysparse)
+    assert "'oracle_attention' does not read int8 rows" in reason(hysparse, torch.int8)
+    assert "'oracle_attention' does not read offloaded rows" in NativeStep.why_not(
+        hysparse, sized_cache(hysparse, kv_cache_dtype="auto", max_num_seqs=1, max_model_len=64,
+                              kv_memory_bytes=None, offloads=True),
+    )  # fmt: skip
+    own = build("hysparse", share_kv_sa=False)
+    assert "layer 1: self_attn reads other rows" in reason(own)
+    assert "complex_attention" in reason(Decoder.build(ModelConfig.from_hf(preset("fairy-tiny"))))
     assert "layer 0" in reason(build("llama").double())
     assert "on meta" in reason(copy.deepcopy(build("llama")).to("meta"))
     quantised = preset("mimo-7b-tiny") | {"quantization_config": {"quant_method": "ternary"}}

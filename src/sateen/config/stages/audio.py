@@ -55,6 +55,11 @@ class AudioTokenizerStageConfig(StageConfig):
                 f"= {self.micro_batches} would move the codebooks more than once per step; give 1",
                 "micro_batches",
             )
+        if self.activation_checkpointing:
+            raise problem(
+                "= true is for decoders' layers and the audio tokenizer has none; leave it out",
+                "activation_checkpointing",
+            )
         if self.tokens_per_batch % self.seq_len:
             raise problem(
                 f"= {self.tokens_per_batch} is no whole number of crops of seq_len = {self.seq_len} frames",

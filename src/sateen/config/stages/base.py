@@ -34,6 +34,8 @@ class StageConfig(Config):
         eval_every_tokens: tokens between evaluations on held-out text; 0 for one at the end.
         keep_checkpoints: newest checkpoints that stay on disk.
         compile: run the model through torch.compile.
+        activation_checkpointing: keep only the inputs of layers and MTP heads for the backward pass, which
+            computes the rest again: less memory, more time, the same numbers. Not together with `compile`.
     """
 
     choice: ClassVar[str | None] = "stage"
@@ -52,6 +54,7 @@ class StageConfig(Config):
     eval_every_tokens: Count = 0
     keep_checkpoints: Positive = 2
     compile: bool = False
+    activation_checkpointing: bool = False
 
     @property
     def label(self) -> str:
@@ -74,6 +77,12 @@ class StageConfig(Config):
                 f"= {self.seq_len} does not fit into a micro-batch of {self.tokens_per_micro_batch} tokens; "
                 "raise tokens_per_batch or lower micro_batches",
                 "seq_len",
+            )
+        if self.activation_checkpointing and self.compile:
+            raise problem(
+                "= true does not go with compile = true, which would compile each layer twice over; "
+                "set one of them to false",
+                "activation_checkpointing",
             )
         decay = self.schedule.decay_tokens if isinstance(self.schedule, WSDSchedule) else 0
         if self.schedule.warmup_tokens + decay > self.tokens:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sateen import ops
+from sateen.engine.cache.prefetch import Coming
 from sateen.engine.cache.staging import stage_blocks, to_device
 from sateen.errors import BackendUnavailable
 
@@ -75,6 +76,7 @@ class ForwardCache:
         self._gaps = [False] * len(counts) if gaps is None else list(gaps)
         self._index: dict[tuple[int, int], RowIndex] = {}
         self._published: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
+        self._coming: dict[tuple[int, str], tuple[Coming, Tensor]] = {}
         self._wanted = set(cache.sources.values())
 
     def layer(self, index: int) -> LayerView:
@@ -88,7 +90,7 @@ class ForwardCache:
         spans = list(zip(self.starts, self.counts, counts, strict=True))
         starts, gaps = [s + n - c for s, n, c in spans], [c < n for _, n, c in spans]
         view = ForwardCache(self.cache, self.entries, starts, list(counts), gaps)
-        view._published = self._published
+        view._published, view._coming = self._published, self._coming
         return view
 
     def extend(self, index: int, name: str, k_TKH: Tensor, v_TKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,16 +179,26 @@ class ForwardCache:
         stage = stage_blocks(lists_KTn, seq.cu_seqlens.diff().tolist(), lengths, block_size)
         rows = np.concatenate([e.rows[at] for e, at in zip(self.entries, stage.positions, strict=True)])
         pool, source = self.cache.pools[index, name], torch.from_numpy(rows)
-        dtype = self._published[index, name][0].dtype
+        dtype = self._published.pop((index, name))[0].dtype
+        cu_seqlens_k = self._offsets([len(at) for at in stage.positions])
+        if self.cache.lane is not None:
+            coming = self.cache.lane.fetch([pool.k_RKH, pool.v_RKV], source, dtype)
+            self._coming[index, name] = coming, cu_seqlens_k
+            return stage.lists_KTn
         k, v = (
             to_device(rows.index_select(0, source), self.cache.device, dtype)
             for rows in (pool.k_RKH, pool.v_RKV)
         )
-        self._published[index, name] = k, v, self._offsets([len(at) for at in stage.positions])
+        self._published[index, name] = k, v, cu_seqlens_k
         return stage.lists_KTn
 
     def read(self, index: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return self._published[self.cache.sources[index, name], name]
+        source = self.cache.sources[index, name], name
+        if source in self._coming:
+            coming, cu_seqlens_k = self._coming.pop(source)
+            k, v = coming.wait()
+            self._published[source] = k, v, cu_seqlens_k
+        return self._published[source]
 
     def _rows(self, pool: Pool) -> RowIndex:
         key = (pool.layout.window or 0, pool.ring_rows) if pool.ring_rows else (0, 0)

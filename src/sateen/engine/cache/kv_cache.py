@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sateen.engine.cache.forward_cache import ForwardCache, Rows
 from sateen.engine.cache.pages import Pages
+from sateen.engine.cache.prefetch import Lane
 from sateen.nn.spec import KVLayout
 
 PAGE = 64  # tokens per page
@@ -97,6 +98,7 @@ class KVCache:
         attention: `float` reads rows as floats, `int8` computes with integers, `int8-half` up to the softmax.
         float_layers: those that read floats whatever `attention` says.
         offloads: pages live in host memory, see `staging`; rings stay on the device.
+        lane: brings chosen blocks of offloaded pages while layers compute; None: in between.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         attention: str = "float",
         offloads: bool = False,
+        prefetches: bool = False,
     ):
         self.layouts = tuple(layouts)
         self.num_trunk_layers = num_trunk_layers
@@ -124,6 +127,7 @@ class KVCache:
         self.device = torch.device(device)
         self.attention = attention
         self.offloads = offloads
+        self.lane = Lane(self.device) if prefetches else None
         self.page_device = torch.device("cpu") if offloads else self.device
         self.float_layers: frozenset[int] = frozenset()
         self.pools: dict[tuple[int, str], Pool] = {}
@@ -253,6 +257,8 @@ class KVCache:
         Lengths are advanced here; pages must have been reserved. `gaps` tells sequences whose rings miss the
         rows before: `head_length` was moved on.
         """
+        if self.lane is not None:
+            self.lane.drain()
         starts = [e.head_length if heads else e.length for e in entries]
         for entry, start, count in zip(entries, starts, counts, strict=True):
             if start == 0:

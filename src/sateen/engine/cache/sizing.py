@@ -97,6 +97,7 @@ def sized_cache(
     num_pages: int | None = None,
     attention: str = "float",
     offloads: bool = False,
+    prefetches: bool = False,
 ) -> KVCache:
     """The caches of an engine: of the model's layers and its first `num_draft` heads; settings as of `LLM`.
 
@@ -119,5 +120,5 @@ def sized_cache(
     return KVCache(
         layouts, num_trunk_layers=num_layers, num_pages=size.num_pages, num_slots=max_num_seqs,
         max_model_len=size.max_model_len, num_draft=num_draft, dtype=dtype, device=model.device,
-        attention=attention, offloads=offloads,
+        attention=attention, offloads=offloads, prefetches=prefetches,
     )  # fmt: skip

@@ -6,55 +6,29 @@ letters: T tokens, E experts, F and D the output and input width of a matrix.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sateen.engine.cache.kv_cache import PAGE, KVCache
+from sateen.engine.cache.kv_cache import PAGE, KVCache, Pool
+from sateen.engine.native.forms import form_of, mixed, projections
 from sateen.models.decoder import Decoder, DecoderLayer
 from sateen.nn.attention import Attention
 from sateen.nn.attention.full import FullAttention, SlidingAttention
+from sateen.nn.attention.hysparse import GatedSlidingAttention, OracleAttention, SparseAttention
 from sateen.nn.mlp import SwiGLU
 from sateen.nn.moe import Experts, MoE, Router
 from sateen.nn.mtp import MTPHead
 from sateen.nn.norm import RMSNorm
-from sateen.nn.quant.int8 import IntegerExperts, IntegerLinear
+from sateen.nn.quant.int8 import IntegerExperts
 from sateen.nn.rotary import rotary_frequencies
-from sateen.ops.lowbit_matmul.native import FORMATS, INT4, INT8
+from sateen.nn.spec import LayerSpec
+from sateen.ops.attention_and_blocks.reference import recent_blocks
 from sateen.ops.native import native, native_available
 
-INTEGERS = {"int8": INT8, "int4": INT4}
+ATTENTION = (FullAttention, SlidingAttention, GatedSlidingAttention, OracleAttention, SparseAttention)
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-
-
-class Form(NamedTuple):
-    """One matrix, or a stack of `num_stacked`, as native/linear.h stores it."""
-
-    kind: int
-    shape: tuple[int, ...]
-    weight: Tensor
-    scales: Tensor | None = None
-    bias: Tensor | None = None
-    num_stacked: int = 1
-
-
-def form_of(module: nn.Module, name: str = "") -> Form | None:
-    """The form of a layer's weights, of stacked experts those called `name`; None where there is none."""
-    if isinstance(module, IntegerLinear):
-        shape = module.out_features, module.in_features
-        return Form(INTEGERS[module.weights], shape, module.codes, module.scales, module.bias)
-    if isinstance(module, IntegerExperts):
-        codes, scales = getattr(module, f"{name}_codes"), getattr(module, f"{name}_scales")
-        return Form(INTEGERS[module.weights], module.shapes[name], codes, scales, None, len(codes))
-    if type(module) not in (nn.Linear, nn.Embedding, Experts):
-        return None
-    weight = getattr(module, name or "weight")
-    if weight.dtype not in FORMATS or not weight.is_contiguous():
-        return None
-    num_stacked = weight.shape[0] if weight.ndim == 3 else 1
-    shape = tuple(weight.shape[-2:])
-    return Form(FORMATS[weight.dtype], shape, weight, None, getattr(module, "bias", None), num_stacked)
 
 
 def blocks(model: Decoder, cache: KVCache) -> list[nn.Module]:
@@ -72,6 +46,10 @@ def why_not(model: Decoder, cache: KVCache) -> str | None:
     if cache.dtype not in ROW_DTYPES or (cache.has_integers and not cache.reads_codes):
         return f"it has no attention {cache.attention!r} over rows of {cache.dtype}"
     for index, block in enumerate(blocks(model, cache)):
+        attention = cast(Attention, block.self_attn)
+        if type(attention) in (OracleAttention, SparseAttention) and (cache.is_scaled or cache.offloads):
+            rows = "int8" if cache.is_scaled else "offloaded"
+            return f"layer {index}: {attention.spec.attention!r} does not read {rows} rows"
         for name, module in block.named_modules():
             if reason := _unfit(module):
                 return f"layer {index}: {name or 'it'} {reason}"
@@ -85,25 +63,30 @@ def why_not(model: Decoder, cache: KVCache) -> str | None:
 def _unfit(module: nn.Module) -> str | None:
     """Why a part of a layer cannot run natively, or None."""
     if isinstance(module, Attention):
-        if type(module) not in (FullAttention, SlidingAttention):
+        if type(module) not in ATTENTION:
             return f"is {module.spec.attention!r}"
-        if module.spec.rotary_dim % 2:
+        options = module.spec.options
+        if not options.get("share_kv_sa", True) or options.get("share_kv_swa", False):
+            return "reads other rows than HySparse's layers do"
+        if options.get("aggregate", "max") != "max":
+            return "ranks blocks by the mean of its heads"
+        if module.spec.rotary_dim % 2 or options.get("swa_rotary_dim", 0) % 2:
             return "rotates an odd number of channels"
-        return _mixed(*(form_of(module.get_submodule(f"{part}_proj")) for part in "qkv"))
+        return mixed(*(form_of(x) for x in projections(module).values() if x is not None))
     if isinstance(module, SwiGLU):
-        return _mixed(form_of(module.gate_proj), form_of(module.up_proj))
+        return mixed(form_of(module.gate_proj), form_of(module.up_proj))
     if isinstance(module, (Experts, IntegerExperts)):
         forms = [form_of(module, f"{part}_proj") for part in ("gate", "up", "down")]
-        return "is stored in another way" if None in forms else _mixed(*forms[:2])
+        return "is stored in another way" if None in forms else mixed(*forms[:2])
     if type(module) in (MTPHead, DecoderLayer, MoE, Router, RMSNorm) or form_of(module) is not None:
         return None
     return f"is {type(module).__name__} or stored in another way"
 
 
-def _mixed(*forms: Form | None) -> str | None:
-    """Matrices with one input must read it in one form; int8 and int4 weights do."""
-    kinds = {min(form.kind, INT8) for form in forms if form is not None}
-    return None if len(kinds) < 2 else "has matrices of several kinds"
+def _pool(cache: KVCache, index: int, spec: LayerSpec) -> Pool:
+    """The rows of a layer; where it has none of its own, those that it reads."""
+    name = "kv" if spec.kv_source is None else "swa"
+    return cache.pools[(index, name) if (index, name) in cache.pools else (cast(int, spec.kv_source), "kv")]
 
 
 class PlanBuilder:
@@ -113,15 +96,18 @@ class PlanBuilder:
         plan: the native object; it keeps the memory of all tensors alive.
         tensors: those whose place the plan relies on.
         routed: layers of the trunk with experts, in order.
+        oracles: layers that list key blocks -> columns of their lists, in order.
     """
 
     def __init__(self, model: Decoder, cache: KVCache):
         self.tensors: list[Tensor] = []
         self.routed: list[int] = []
+        self.oracles: dict[int, tuple[int, int]] = {}
         self._angles: dict[tuple[float, int], int] = {}
         self.plan = native().DecodePlan(model.config.hidden_size, model.config.rms_norm_eps, PAGE)
         for index, block in enumerate(blocks(model, cache)):
-            pool = cache.pools[index, "kv"]
+            attention = cast(Attention, block.self_attn)
+            pool = _pool(cache, index, attention.spec)
             if isinstance(block, MTPHead):
                 numbers = self._head(block)
             else:
@@ -130,8 +116,9 @@ class PlanBuilder:
                 if isinstance(block.mlp, MoE):
                     self.routed.append(index)
             numbers |= {"input_norm": self._norm(block.input_layernorm), "ring_rows": pool.ring_rows}
-            assert isinstance(block.self_attn, FullAttention)
-            numbers |= self._attention(block.self_attn)
+            numbers |= self._attention(attention) | self._sparse(attention)
+            if numbers.get("listed"):
+                self.oracles[index] = pool.layout.num_kv_heads, numbers["listed"] + numbers["recent"]
             if pool.scales is not None:
                 parts = ("k_scale", "v_scale", "k_mean")
                 numbers |= {part: self._keep(x) for part, x in zip(parts, pool.scales, strict=True)}
@@ -140,19 +127,46 @@ class PlanBuilder:
         ends = self._matrix(model.model.embed_tokens), self._matrix(model.lm_head)
         self.plan.ends(*ends, self._norm(model.model.norm))
 
-    def _attention(self, attention: FullAttention) -> dict[str, Any]:
-        spec = attention.spec
-        return {
-            "q_norm": -1 if attention.q_norm is None else self._norm(attention.q_norm),
-            "k_norm": -1 if attention.k_norm is None else self._norm(attention.k_norm),
-            "sink": self._vector(attention.attention_sink_bias),
-            "q": self._matrix(attention.q_proj),
-            "k": self._matrix(attention.k_proj),
-            "v": self._matrix(attention.v_proj),
-            "o": self._matrix(attention.o_proj),
-            "value_scale": spec.value_scale,
-            "angles": self._rotation(spec.rope_theta, spec.rotary_dim),
+    def _attention(self, attention: Attention) -> dict[str, Any]:
+        """The branch over a layer's own rows, and what reads its input."""
+        spec, options = attention.spec, attention.spec.options
+        is_sparse = isinstance(attention, SparseAttention)
+        theta = options.get("swa_rope_theta", spec.rope_theta) if is_sparse else spec.rope_theta
+        dim = options.get("swa_rotary_dim", spec.rotary_dim) if is_sparse else spec.rotary_dim
+        norms = (getattr(attention, f"{part}_norm", None) for part in "qk")
+        q_norm, k_norm = (-1 if norm is None else self._norm(norm) for norm in norms)
+        matrices = {part: -1 if x is None else self._matrix(x) for part, x in projections(attention).items()}
+        if matrices["gate_proj"] < 0:
+            del matrices["gate_proj"]
+        return matrices | {
+            "q_norm": q_norm,
+            "k_norm": k_norm,
+            "sink": self._vector(getattr(attention, "sink_swa" if is_sparse else "attention_sink_bias")),
+            "o": self._matrix(cast(nn.Module, attention.o_proj)),
+            "value_scale": 1.0 if is_sparse else spec.value_scale,
+            "angles": self._rotation(theta, dim),
             "window": spec.window or 0,
+        }
+
+    def _sparse(self, attention: Attention) -> dict[str, Any]:
+        """What an oracle chooses and lends, and what a sparse layer reads of it; empty for other layers."""
+        spec, options = attention.spec, attention.spec.options
+        if not isinstance(attention, OracleAttention | SparseAttention):
+            return {}
+        is_oracle = isinstance(attention, OracleAttention)
+        forced, size = options.get("forced_window"), options.get("block_size") or 0
+        return {
+            "listed": (options.get("num_blocks") or 0) if is_oracle else 0,
+            "recent": recent_blocks(size, forced) if is_oracle and size else 0,
+            "block_size": size,
+            "forced_window": forced or 0,
+            "source": -1 if spec.kv_source is None else spec.kv_source,
+            "listed_angles": self._rotation(spec.rope_theta, spec.rotary_dim),
+            "listed_sink": self._vector(
+                attention.sink_sa if isinstance(attention, SparseAttention) else None
+            ),
+            "lends_input": int(bool(options.get("publishes_input"))),
+            "borrows_input": int(options.get("input_from") is not None),
         }
 
     def _mlp(self, mlp: nn.Module) -> dict[str, Any]:

@@ -28,6 +28,9 @@ log = logging.getLogger("sateen.engine")
 # Most tokens of a step that runs natively. Its products are as fast as torch's whatever their size and little
 # happens between them; beyond, its attention, which takes few queries at a time, costs more than that saves.
 MAX_TOKENS = 512
+# The same with HySparse: more queries share blocks, which torch's operator then reads once for all of them.
+MAX_SPARSE_TOKENS = 32
+MAX_MAXIMA = 2**24  # block maxima of an oracle in a step, float32
 MODES = ("auto", "native", "torch")
 
 
@@ -68,9 +71,20 @@ class NativeStep:
         """What stands against the native step, or None."""
         return why_not(model, cache)
 
+    def fits(self, view: ForwardCache) -> bool:
+        """Whether a forward of this view is one that the native step is good at."""
+        tokens = sum(view.counts)
+        if not self._oracles:
+            return tokens <= MAX_TOKENS
+        longest = max(start + count for start, count in zip(view.starts, view.counts, strict=True))
+        specs = [self.model.config.specs[layer] for layer in self._oracles]
+        maxima = max(s.num_attention_heads * -(-longest // s.options["block_size"]) for s in specs)
+        return tokens <= MAX_SPARSE_TOKENS and tokens * maxima <= MAX_MAXIMA
+
     def _build(self) -> None:
         built = PlanBuilder(self.model, self.cache)
         self._plan, self._tensors, self._routed = built.plan, built.tensors, built.routed
+        self._oracles = built.oracles
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         self._float_layers = self.cache.float_layers
         self._dtype = self.model.model.embed_tokens.weight.dtype
@@ -87,9 +101,14 @@ class NativeStep:
         Args:
             ids: the packed tokens.
             view: the caches' view of this forward, which says where the tokens stand.
-            links: gets `router_ids`.
+            links: gets `router_ids` and `selections`.
         """
-        out, routes = self._step(-1, None, np.asarray(ids, dtype=np.int64), view)
+        out, routes, lists = self._step(-1, None, np.asarray(ids, dtype=np.int64), view)
+        at = 0
+        for layer, (heads, columns) in self._oracles.items():
+            size = heads * len(ids) * columns
+            links.selections[layer] = torch.from_numpy(lists[at : at + size]).view(heads, len(ids), columns)
+            at += size
         if self._routed:
             # Every layer of a model has as many experts per token.
             routes_LTA = torch.from_numpy(routes).view(len(self._routed), len(ids), -1)
@@ -101,9 +120,10 @@ class NativeStep:
         hidden = hidden_TD.float().contiguous().numpy()
         return self._step(k, hidden, ids_T.numpy(), view)[0]
 
-    def _step(self, head: int, hidden: Any, ids: Any, view: ForwardCache) -> tuple[Tensor, Any]:
+    def _step(self, head: int, hidden: Any, ids: Any, view: ForwardCache) -> tuple[Tensor, Any, Any]:
         plan = self._current()
         routes = np.empty(len(ids) * plan.routes_per_token, dtype=np.int32)
+        lists = np.empty(len(ids) * plan.lists_per_token, dtype=np.int32)
         out = torch.empty(len(ids), self.model.config.hidden_size)
         ends = [start + count for start, count in zip(view.starts, view.counts, strict=True)]
         pages = [entry.rows[:end:PAGE] for entry, end in zip(view.entries, ends, strict=True)]
@@ -119,9 +139,10 @@ class NativeStep:
             np.asarray([entry.mean_rows for entry in view.entries], dtype=np.int64),
             out.numpy(),
             routes,
+            lists,
             torch.get_num_threads(),
         )
-        return out, routes
+        return out, routes, lists
 
     def logits(self, hidden_MD: Tensor, *, is_normed: bool = False) -> Tensor:
         """Float32 logits [M, V] of the trunk's hidden states, or of an MTP head's normed ones."""

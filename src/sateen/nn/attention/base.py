@@ -118,6 +118,7 @@ class LayerLinks:
         lists: the same as layers that read the keys count them, where a cache lends only some of these.
         forced_selections: layer index -> int32 [K, T, n] key blocks to use instead of choosing; tokens whose
             lists are all -1 choose freely.
+        known_selections: layer index -> the lists that this very forward chose, where it is computed again.
         hidden: layer index -> [T, D] normalised input published for layers that project keys from it.
         hidden_seq: the rows of `hidden`, where layers behind compute fewer of them.
         router_ids: layer index -> [T, A] experts chosen in this forward.
@@ -131,6 +132,7 @@ class LayerLinks:
     selections: dict[int, Tensor] = field(default_factory=dict)
     lists: dict[int, Tensor] = field(default_factory=dict)
     forced_selections: dict[int, Tensor] = field(default_factory=dict)
+    known_selections: dict[int, Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     hidden_seq: Sequences | None = None
     router_ids: dict[int, Tensor] = field(default_factory=dict)

@@ -47,6 +47,7 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
                 q, k, v, block_size=options["block_size"], num_blocks=options["num_blocks"],
                 forced_window=options.get("forced_window"), aggregate=options.get("aggregate", "max"),
                 cu_seqlens_q=seq.cu_seqlens, cu_seqlens_k=cu_seqlens_k, sink_N=self.attention_sink_bias,
+                lists_KTn=links.known_selections.get(spec.index),
             )  # fmt: skip
             forced = links.forced_selections.get(spec.index)
             links.selections[spec.index] = replayed_blocks(links.selections[spec.index], forced)

@@ -22,9 +22,9 @@ def oracle_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output [T, N, V], log-sum-exp [N, T], and maxima or lists.
 
-    With `chosen` 0 the last are float32 maxima [N, T, columns]; else int32 lists [K, T, columns], the first
-    `chosen` by probability, its mean over a group with `is_mean` and else its maximum, and the rest for the
-    `forced_window`, 0 for none.
+    With `chosen` 0 the last are float32 maxima [N, T, columns], empty and not made for 0 columns; else int32
+    lists [K, T, columns], the first `chosen` by probability, the rest for the `forced_window`, 0 for none.
+    A group's heads have the largest of theirs, or with `is_mean` the mean.
     """
     (T, N, _), K = q.shape, k.shape[1]
     out, lse = torch.empty(T, N, v.shape[2]), torch.empty(N, T)
@@ -33,7 +33,7 @@ def oracle_forward(
     native().oracle_forward(
         number_array(q), number_array(k), number_array(v), format_of(q), array(cu_q), array(cu_k),
         array(sink), block_size, scale, torch.get_num_threads(), chosen, forced_window, is_mean,
-        out.numpy(), lse.numpy(), array(maxima), array(lists),
+        out.numpy(), lse.numpy(), array(maxima) if columns else None, array(lists),
     )  # fmt: skip
     found = maxima if lists is None else lists
     assert found is not None

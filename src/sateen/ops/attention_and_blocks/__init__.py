@@ -33,6 +33,7 @@ def attention_and_blocks(
     scale: float | None = None,
     sink_N: Tensor | None = None,
     aggregate: str = "max",
+    lists_KTn: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention, and the blocks with the largest attention probability per query and K head.
@@ -52,6 +53,8 @@ def attention_and_blocks(
         sink_N: a logit per query head that joins the softmax without a value; the choice leaves it out.
         aggregate: how the heads of a group rank a block together: by the `max` of their probabilities, as in
             the paper, or by their `mean`.
+        lists_KTn: what an earlier call with these arguments chose; it comes back, and backends need not
+            choose again.
         backend: `auto`, or one of `OP.backends`.
 
     Returns:
@@ -90,6 +93,7 @@ def attention_and_blocks(
             scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
             sink_N=sink_N,
             aggregate=aggregate,
+            lists_KTn=lists_KTn,
             backend=backend,
         )
     return found

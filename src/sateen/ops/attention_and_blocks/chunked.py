@@ -74,14 +74,16 @@ def attention_and_blocks_torch(
     scale: float,
     sink_N: Tensor | None = None,
     aggregate: str = "max",
+    lists_KTn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `sateen.ops.attention_and_blocks`; scores and sums in float32."""
-    lists = _choose(
-        q_TNH, k_SKH, cu_seqlens_q, cu_seqlens_k, scale,
-        block_size=block_size, num_blocks=num_blocks, forced_window=forced_window, aggregate=aggregate,
-    )  # fmt: skip
+    if lists_KTn is None:
+        lists_KTn = _choose(
+            q_TNH, k_SKH, cu_seqlens_q, cu_seqlens_k, scale,
+            block_size=block_size, num_blocks=num_blocks, forced_window=forced_window, aggregate=aggregate,
+        )  # fmt: skip
     out = attention_torch(
         q_TNH, k_SKH, v_SKV, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=scale, sink_N=sink_N
     )
     assert isinstance(out, Tensor)
-    return out, lists
+    return out, lists_KTn

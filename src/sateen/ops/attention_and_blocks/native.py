@@ -34,15 +34,18 @@ def attention_and_blocks_native(
     scale: float,
     sink_N: Tensor | None = None,
     aggregate: str = "max",
+    lists_KTn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `sateen.ops.attention_and_blocks`; scores and sums in float32.
 
     A worker sees all scores of a few queries of one group, so it lists their blocks itself; block maxima stay
     in its scratch memory. The n largest are found by halving the range of the n-th, not by sorting.
     """
+    columns = num_blocks + recent_blocks(block_size, forced_window)
     out, _, lists = attention_oracle(
         q_TNH, k_SKH, v_SKV, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=scale, sink_N=sink_N,
-        block_size=block_size, columns=num_blocks + recent_blocks(block_size, forced_window),
-        chosen=num_blocks, forced_window=forced_window, is_mean=aggregate == "mean",
+        block_size=block_size, columns=columns if lists_KTn is None else 0,
+        chosen=num_blocks if lists_KTn is None else 0, forced_window=forced_window,
+        is_mean=aggregate == "mean",
     )  # fmt: skip
-    return out, lists
+    return out, lists if lists_KTn is None else lists_KTn

@@ -61,6 +61,7 @@ def attention_and_blocks_reference(
     scale: float,
     sink_N: Tensor | None = None,
     aggregate: str = "max",
+    lists_KTn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `sateen.ops.attention_and_blocks`."""
     out, lse, maxima = attention_reference(
@@ -71,7 +72,8 @@ def attention_and_blocks_reference(
         maxima, lse, positions(cu_seqlens_q, cu_seqlens_k), num_kv_heads=k_SKH.shape[1],
         block_size=block_size, num_blocks=num_blocks, forced_window=forced_window, aggregate=aggregate,
     )  # fmt: skip
-    return out, lists
+    # Known lists too are made and dropped here, so that autograd keeps the same tensors either way.
+    return out, lists if lists_KTn is None else lists_KTn
 
 
 OP = Op("attention_and_blocks", attention_and_blocks_reference)

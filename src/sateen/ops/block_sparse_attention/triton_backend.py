@@ -67,8 +67,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    sink = ctx.saved_tensors[3]
-    d_q, d_k, d_v, d_sink = sparse_backward(d_out, *ctx.saved_tensors, ctx.block_size, ctx.scale)
+    saved = ctx.saved_tensors  # once: a layer that is computed again hands them out a single time
+    sink = saved[3]
+    d_q, d_k, d_v, d_sink = sparse_backward(d_out, *saved, ctx.block_size, ctx.scale)
     return d_q, d_k, d_v, None if sink is None else d_sink.to(sink.dtype), None, None, None, None, None
 
 
