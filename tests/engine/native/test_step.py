@@ -471,6 +471,7 @@ def test_refusals(hysparse):
     )  # fmt: skip
     own = build("hysparse", share_kv_sa=False)
     assert "layer 1: self_attn reads other rows" in reason(own)
+    assert "ranks blocks by the mean" in reason(build("hysparse", gqa_score_reduce="mean"))
     assert "complex_attention" in reason(Decoder.build(ModelConfig.from_hf(preset("fairy-tiny"))))
     assert "layer 0" in reason(build("llama").double())
     assert "on meta" in reason(copy.deepcopy(build("llama")).to("meta"))
