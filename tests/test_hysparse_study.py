@@ -49,8 +49,17 @@ def test_an_arm_reads_the_same_and_differs_in_its_layers_alone(arm):
     raw = built(arm).raw
     assert (raw["sparse_block_size"], raw["sparse_topk_tokens"], raw["sliding_window"]) == (16, 128, 32)
     kinds = raw["layer_types"]
-    assert kinds.count("full_attention") == (8 if arm == "full" else 3)
+    assert kinds.count("full_attention") == {"full": 8, "hysparse2": 2}.get(arm, 1)
     assert len(kinds) == 8
+
+
+def test_hysparse2_has_another_full_layer_and_as_many_bytes_of_them():
+    paged = {
+        arm: sum(layout.row_elements for layer in built(arm).kv_layouts() for layout in layer
+                 if layout.kind == "paged")
+        for arm in ("hysparse", "sliding", "hysparse2")
+    }  # fmt: skip
+    assert paged == dict.fromkeys(paged, 2 * (64 + 64))
 
 
 def test_hybrids_have_their_full_layers_in_the_same_places():
@@ -148,8 +157,8 @@ def test_finished_runs_are_neither_repeated_nor_measured_again(monkeypatch, tmp_
 
 def test_counts_shrink_with_the_length():
     parameters = study.parameters(config("full"), "multikey", 256)
-    assert (parameters["length"], parameters["num_keys"]) == (254, 8)
-    assert study.parameters(config("full"), "multikey", 1024)["num_keys"] == 32
+    assert (parameters["length"], parameters["num_keys"]) == (254, 12)
+    assert study.parameters(config("full"), "multikey", 1024)["num_keys"] == 49
 
 
 @pytest.mark.parametrize(

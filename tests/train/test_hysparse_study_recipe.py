@@ -22,10 +22,10 @@ NAMES = ["".join(letters) for letters in product("bdfgk", "aeiou", "lmnrst")]
 OTHERS = ["WARP", "WEFT", "LOOM", "SILK", "REED", "SATIN", "SHUTTLE"]
 ARMS = {
     "full": (["hysparse-study-full.toml"], [], 0),
-    "hysparse": ([], [], 2),
-    "hysparse2": (["hysparse-study-2.toml"], [], 3),
-    "own-kv": ([], ["model.overrides.share_kv_sa=false"], 2),
-    "shared-in-both": ([], ["model.overrides.share_kv_swa=true"], 2),
+    "hysparse": ([], [], 1),
+    "hysparse2": (["hysparse-study-2.toml"], [], 2),
+    "own-kv": ([], ["model.overrides.share_kv_sa=false"], 1),
+    "shared-in-both": ([], ["model.overrides.share_kv_swa=true"], 1),
 }
 
 
@@ -49,6 +49,7 @@ def test_a_shortened_arm_trains_and_answers_are_all_that_is_trained(arm, texts, 
         "stages.pairs.tokens=4096", "stages.pairs.tokens_per_batch=1024",
         "stages.pairs.schedule.warmup_tokens=0",
         "stages.near.tokens=1024", "stages.near.tokens_per_batch=1024", "stages.mixed.tokens=1024",
+        "stages.text.tokens=1024", "stages.text.tokens_per_batch=1024",
         "stages.far.tokens=1024", "stages.far.tokens_per_batch=1024", "stages.mixed.tokens_per_batch=1024",
         "dtype=float32",
     ]  # fmt: skip
@@ -61,7 +62,7 @@ def test_a_shortened_arm_trains_and_answers_are_all_that_is_trained(arm, texts, 
     config = load_recipe(paths, [*shortened, *sets])
     run_recipe(config, tmp_path / "run", Silent())
     rows = read_metrics(tmp_path / "run")
-    assert [row["stage"] for row in rows] == ["pairs"] * 4 + ["near", "far", "mixed"]
+    assert [row["stage"] for row in rows] == ["pairs"] * 4 + ["near", "text", "far", "mixed"]
     assert rows[3]["loss"] < rows[0]["loss"]
     assert "heldout_bits_per_byte" in rows[-1]
 
