@@ -31,6 +31,15 @@ inline void ask_for_rows(const DecodeLayer& l, long row, long head, long count) 
     }
 }
 
+// Lets what meets `rows` ask for the rows from `next` on, where it can; otherwise the caller does.
+template <typename Number>
+inline bool foresees(const DecodeLayer& l, HeadRows<Number>& rows, const Number* copies, long next, long head) {
+    if (std::is_same_v<Number, float> || rows.k == copies) return false;
+    rows.next_k = static_cast<const Number*>(l.cache.k) + (next * l.K + head) * l.H;
+    rows.next_v = static_cast<const Number*>(l.cache.v) + (next * l.K + head) * l.V;
+    return true;
+}
+
 // Floats of the block maxima of one query row.
 inline long maxima_stride(const DecodeStep& p, const DecodeLayer& l) {
     return round_up(divide_up(p.longest, l.sparse.block_size), kPad);
@@ -89,15 +98,19 @@ void attend_oracle_in(const DecodeStep& p, const DecodeLayer& l, const SpanTask&
         const bool is_new = begin >= p.start[b];
         const long row = is_new ? 0 : cache_row(p, l, b, begin), next_row = next ? cache_row(p, l, b, end) : 0;
         for (long head = 0; head < l.K; ++head) {
-            ask_for_rows(l, next_row, head, next);
-            const HeadRows<Number> rows = is_new ? new_rows(p, l, p.first_token[b] + begin - p.start[b], head, end - begin, keys, values)
+            HeadRows<Number> rows = is_new ? new_rows(p, l, p.first_token[b] + begin - p.start[b], head, end - begin, keys, values)
                                                  : rows_of_head(l, row, head, end - begin, keys, values);
+            const bool asks = next && foresees(l, rows, keys, next_row, head);
             const SpanState state(p, l, task, head);
             const auto query = [&](long i) -> const Number* {
                 if constexpr (std::is_same_v<Number, float>) return query_of(p, l, task, head, i);
                 else return queries + (head * task.rows + i) * H;
             };
-            const auto record = [&](long i, const float* x) { record_blocks(x, begin, end, size, maxima(head, i)); };
+            const auto record = [&](long i, const float* x) {
+                const long from = next * i / task.rows, to = next * (i + 1) / task.rows;
+                if (!asks) ask_for_rows(l, next_row + from, head, to - from);
+                record_blocks(x, begin, end, size, maxima(head, i));
+            };
             fold_rows(rows, l, tile, query, begin, scores, state.top, state.sum, state.out, record);
         }
         begin = end;
@@ -199,10 +212,13 @@ void attend_listed_in(const DecodeStep& p, const DecodeLayer& l, long unit) {
         if (filled) fold({keys, values, H, V, filled});
         filled = 0;
     };
-    const auto take = [&](long from, long rows) {
+    const auto take = [&](long from, long rows, long next, long ahead) {
+        bool asks = ahead == 0;
         while (rows) {
             const long n = rows < kMostKeys - filled ? rows : kMostKeys - filled;
-            const HeadRows<Number> some = rows_of_head(oracle, from, head, n, keys + filled * H, values + filled * V);
+            HeadRows<Number> some = rows_of_head(oracle, from, head, n, keys + filled * H, values + filled * V);
+            if (!asks && !foresees(oracle, some, keys + filled * H, next, head)) ask_for_rows(oracle, next, head, ahead);
+            asks = true;
             if (some.k == keys + filled * H) filled += n;
             else fold(some);
             if (filled == kMostKeys) flush();
@@ -210,11 +226,10 @@ void attend_listed_in(const DecodeStep& p, const DecodeLayer& l, long unit) {
         }
     };
     runs([&](long from, long rows) {  // one behind: the next rows are on their way while these are used
-        ask_for_rows(oracle, from, head, rows);
-        if (row >= 0) take(row, ready);
+        if (row >= 0) take(row, ready, from, rows);
         row = from, ready = rows;
     });
-    if (row >= 0) take(row, ready);
+    if (row >= 0) take(row, ready, 0, 0);
     flush();
     for (long i = 0; i < count; ++i) {
         const long n = first + i;

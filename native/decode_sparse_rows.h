@@ -15,6 +15,7 @@ template <typename Number>
 struct HeadRows {
     const Number *k, *v;
     long k_stride, v_stride, count;
+    const Number *next_k = nullptr, *next_v = nullptr;  // rows that will be met next, as far apart; to be asked for meanwhile
 };
 
 // Numbers of a row: whole vectors of floats, or the channels themselves.
@@ -89,6 +90,8 @@ inline void score_rows(const HeadRows<bits16>& rows, long H, const bits16* const
         const bits16* key[kTwinKeys];
 #pragma GCC unroll 4
         for (int j = 0; j < kTwinKeys; ++j) key[j] = rows.k + (s + j < rows.count ? s + j : rows.count - 1) * rows.k_stride;
+        for (int j = 0; rows.next_k && j < kTwinKeys; ++j)
+            for (long h = 0; h < H; h += kTwin) __builtin_prefetch(rows.next_k + (s + j) * rows.k_stride + h, 0, 2);
         vfloat dot[W] = {};
         for (long h = 0; h < H; h += kTwin) {
             __m512bh x[kTwinKeys];
@@ -118,6 +121,10 @@ inline void add_rows(const HeadRows<bits16>& rows, long V, const bits16* weights
         for (int i = 0; i < ROWS; ++i) low[i] = high[i] = vfloat{};
         for (long s = 0; s < rows.count; s += 2) {
             const bits16* const one = rows.v + s * rows.v_stride + c;
+            if (rows.next_v) {
+                __builtin_prefetch(rows.next_v + s * rows.v_stride + c, 0, 2);
+                __builtin_prefetch(rows.next_v + (s + 1) * rows.v_stride + c, 0, 2);
+            }
             const __m512i a = load_all<__m512i>(one), b = s + 1 < rows.count ? load_all<__m512i>(one + rows.v_stride) : __m512i{};
             // Even lanes one key, odd lanes the next; channels in the order that the shuffle below undoes.
             const auto first = (__m512bh)_mm512_maskz_unpacklo_epi16(0xffffffff, a, b);
