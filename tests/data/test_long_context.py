@@ -34,6 +34,21 @@ def make(cls, **settings):
     return cls(**({"count_tokens": pieces_of, "words": WORDS, "haystack": HAYSTACK} | settings))
 
 
+def questions_of(example):
+    """Words of every question and its answer."""
+    lines = (example.prompt + example.completion).split("\n")
+    return [line[2:].split() for line in lines if line.startswith("? ")]
+
+
+def walk(facts, name):
+    """What a name leads to, step by step."""
+    walked = []
+    while name in facts:
+        name = facts[name]
+        walked.append(name)
+    return walked
+
+
 def facts_of(prompt):
     """Key -> value of the lines that tell one."""
     pairs = [line.split()[1:] for line in prompt.split("\n") if line.startswith("> ")]
@@ -139,8 +154,7 @@ def test_keys_of_two_words_share_each_of_them_with_others():
         firsts, seconds = ({key[i] for key in told} for i in (0, 1))
         assert len(firsts) == len(seconds) == 3
         assert not firsts & seconds
-        questions = [line[2:].split() for line in (example.prompt + example.completion).split("\n")
-                     if line.startswith("? ")]  # fmt: skip
+        questions = questions_of(example)
         assert {(a, b): value for a, b, value in questions} == told
 
 
@@ -152,14 +166,10 @@ def test_chains_lead_to_their_value(num_hops, said):
         example = task.sample(random.Random(seed))
         facts = facts_of(example.prompt)
         assert len(facts) == 3 * num_hops
-        questions = [line[2:].split() for line in (example.prompt + example.completion).split("\n")
-                     if line.startswith("? ")]  # fmt: skip
+        questions = questions_of(example)
         assert len(questions) == 3
         for name, *answer in questions:
-            walked = []
-            while name in facts:
-                name = facts[name]
-                walked.append(name)
+            walked = walk(facts, name)
             assert answer == (walked if said == "chain" else walked[-1:])
             assert len(walked) == num_hops
         order = [line.split()[1] for line in example.prompt.split("\n") if line.startswith("> ")]
@@ -174,14 +184,10 @@ def test_any_name_of_a_chain_may_be_asked_for(said):
     for seed in range(20):
         example = task.sample(random.Random(seed))
         facts = facts_of(example.prompt)
-        questions = [line[2:].split() for line in (example.prompt + example.completion).split("\n")
-                     if line.startswith("? ")]  # fmt: skip
+        questions = questions_of(example)
         assert len({name for name, *_ in questions}) == 5
         for name, *answer in questions:
-            walked = []
-            while name in facts:
-                name = facts[name]
-                walked.append(name)
+            walked = walk(facts, name)
             assert answer == (walked if said == "chain" else walked[-1:])
             hops.append(len(walked))
     assert set(hops) == {1, 2, 3}
