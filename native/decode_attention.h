@@ -23,12 +23,12 @@ struct Run {
     const void *k, *v;
     long row = 0;  // in the cache, times K
 
-    Run(const DecodeStep& p, const DecodeLayer& l, long b, long begin, long to) {
+    Run(const DecodeStep& p, const DecodeLayer& l, long b, long begin, long to, long most = kBlock) {
         const long start = p.start[b], size = l.cache.ring_rows ? l.cache.ring_rows : p.page;
         is_new = begin >= start;
         const long border = begin / size * size + size, limit = is_new ? to : to < start ? to : start;
         end = !is_new && border < limit ? border : limit;
-        if (end > begin + kBlock) end = begin + kBlock;
+        if (end > begin + most) end = begin + most;
         if (is_new) {
             const long t = p.first_token[b] + begin - start;
             k = p.kr + t * l.K * padded(l.H), v = p.vr + t * l.K * padded(l.V);
@@ -84,41 +84,6 @@ struct FloatRows {
     }
 };
 
-#ifdef __AVX512BF16__
-// The same in bfloat16, where the processor multiplies it.
-struct Bf16Rows {
-    const DecodeLayer& l;
-    long rows;
-    float* scores;
-    bits16 *weights, *query, *new_k, *new_v;
-    Bf16Keys keys{};
-
-    Bf16Rows(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) : l(l), rows(task.rows) {
-        const long numbers = rows * kBlock + l.K * rows * l.H + kBlock * l.K * (l.H + l.V);
-        scores = attention_scratch.take(rows * kBlock + divide_up(numbers, 2));
-        weights = reinterpret_cast<bits16*>(scores + rows * kBlock), query = weights + rows * kBlock;
-        new_k = query + l.K * rows * l.H, new_v = new_k + kBlock * l.K * l.H;
-        for (long head = 0; head < l.K; ++head)
-            for (long i = 0; i < rows; ++i)
-                narrow(Format::bf16, query_of(p, l, task, head, i), l.H, query + (head * rows + i) * l.H);
-    }
-
-    void take(const Run& run, long count) {
-        keys = {static_cast<const bits16*>(run.k), static_cast<const bits16*>(run.v), l.K * l.H, l.K * l.V, count};
-        if (!run.is_new) return;
-        narrow(Format::bf16, static_cast<const float*>(run.k), count * l.K * l.H, new_k);
-        narrow(Format::bf16, static_cast<const float*>(run.v), count * l.K * l.V, new_v);
-        keys.k = new_k, keys.v = new_v;
-    }
-
-    void fold(long head, const Tile& tile, long begin, long, const SpanState& state) {
-        Bf16Keys own = keys;
-        own.k += head * l.H, own.v += head * l.V;
-        fold_bf16(own, l.H, l.V, tile, query + head * rows * l.H, begin, kBlock, scores, weights, state.top, state.sum, state.out);
-    }
-};
-#endif
-
 template <typename Rows>
 void attend_rows(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task, Rows& rows) {
     const long b = task.sequence, V = padded(l.V);
@@ -143,12 +108,76 @@ void attend_rows(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task
     }
 }
 
+#ifdef __AVX512BF16__
+// The same in bfloat16, where the processor multiplies it.
+template <int ROWS>
+void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
+    const long b = task.sequence, rows = task.rows, K = l.K, H = l.H, V = l.V;
+    const Tile tile = tile_of(p, l, task);
+    const long numbers = K * rows * H + kBf16Block * K * (H + V);
+    float* const memory = attention_scratch.take(Bf16Fold::size(K, rows) + divide_up(numbers, 2));
+    bits16 *const weights = reinterpret_cast<bits16*>(memory + K * rows * kBf16Block), *const query = weights + K * rows * kBf16Block;
+    bits16 *const new_k = query + K * rows * H, *const new_v = new_k + kBf16Block * K * H;
+    const auto state_of = [&](long head) { return SpanState(p, l, task, head); };
+    const Bf16Fold fold{tile, H, V, rows, query, memory, weights, state_of(0).out, state_of(1).out - state_of(0).out};
+    for (long head = 0; head < K; ++head) {
+        const SpanState state = state_of(head);
+        for (long i = 0; i < rows; ++i) {
+            narrow(Format::bf16, query_of(p, l, task, head, i), H, query + (head * rows + i) * H);
+            state.top[i] = -kInf, state.sum[i] = 0.0f;
+        }
+        for (long i = 0; i < rows * V; ++i) state.out[i] = 0.0f;
+    }
+    Run run(p, l, b, task.from, task.to, kBf16Block);
+    for (long begin = task.from; begin < task.to;) {
+        const Run next(p, l, b, run.end, task.to, kBf16Block);
+        const long count = run.end - begin, next_count = next.is_new ? 0 : next.end - run.end;
+        Bf16Keys keys{static_cast<const bits16*>(run.k), static_cast<const bits16*>(run.v), K * H, K * V, count};
+        if (run.is_new) {
+            narrow(Format::bf16, static_cast<const float*>(run.k), count * K * H, new_k);
+            narrow(Format::bf16, static_cast<const float*>(run.v), count * K * V, new_v);
+            keys.k = new_k, keys.v = new_v;
+        }
+        if (ROWS > 0) {
+            // Steps over the keys, over the values, and over the next run's follow one another.
+            const long steps = divide_up(count, kStep), next_steps = divide_up(next_count, kStep);
+            const long k_bytes = K * H * sizeof(bits16), v_bytes = K * V * sizeof(bits16);
+            const auto at = [&](long step) -> const char* {
+                if (step < steps) return reinterpret_cast<const char*>(keys.k) + step * kStep * k_bytes;
+                step -= steps;
+                if (step < steps) return reinterpret_cast<const char*>(keys.v) + step * kStep * v_bytes;
+                step -= steps;
+                if (step < next_steps) return static_cast<const char*>(next.k) + step * kStep * k_bytes;
+                step -= next_steps;
+                return step < next_steps ? static_cast<const char*>(next.v) + step * kStep * v_bytes : nullptr;
+            };
+            const long later = divide_up(2 * kLaterBytes, kStep * k_bytes);
+            const auto ahead = [&](long step) {
+                return RowsAhead{nullptr, at(step + later)};
+            };
+            fold.template fold<ROWS>(keys, begin, 0, K, state_of, ahead);
+        } else
+            for (long head = 0; head < K; ++head) {
+                prefetch(next.k, next_count * K * H * sizeof(bits16), head, K);
+                prefetch(next.v, next_count * K * V * sizeof(bits16), head, K);
+                fold.template fold<ROWS>(keys, begin, head, head + 1, state_of, [](long) { return RowsAhead{}; });
+            }
+        begin = run.end;
+        run = next;
+    }
+    for (long head = 0; head < K; ++head) in_order(state_of(head).out, rows * V);
+}
+#endif
+
 void attend_span(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
     if (l.cache.scales.integers) return attend_codes(p, l, task);
 #ifdef __AVX512BF16__
-    if (fits_bf16(l)) {
-        Bf16Rows rows(p, l, task);
-        return attend_rows(p, l, task, rows);
+    if (fits_bf16(l)) switch (task.rows) {
+        case 1: return attend_bf16<1>(p, l, task);
+        case 2: return attend_bf16<2>(p, l, task);
+        case 3: return attend_bf16<3>(p, l, task);
+        case 4: return attend_bf16<4>(p, l, task);
+        default: return attend_bf16<0>(p, l, task);
     }
 #endif
     FloatRows rows{p, l, task};

@@ -1,19 +1,24 @@
 // Attention of a decode step over bfloat16 rows with the processor's bfloat16 dot products: cached rows are read as they
 // lie, queries and the weights of the softmax are rounded to bfloat16, sums are float32.
+//
+// With few query rows the time is that of reading the cache, and memory is fastest in the order of its addresses. So a
+// block's keys of all heads come before its values, four tokens at a time, and every product asks for what comes later.
 #pragma once
 
-#include "decode.h"
-#include "linear_float.h"
+#include "decode_rows.h"
 
 namespace sateen::SATEEN_ISA {
 namespace {
 
 #ifdef __AVX512BF16__
-constexpr long kPairs = 32;  // channels of one vector
+constexpr long kPairs = 32;      // channels of one vector
+constexpr long kQuad = 4;        // keys whose dot products share a vector
+constexpr long kStep = 4;        // tokens whose heads are read one after another
+constexpr long kBf16Block = 64;  // keys of one step of the online softmax
 
 inline bool fits_bf16(const DecodeLayer& l) { return l.cache.format == Format::bf16 && l.H % kPairs == 0 && l.V % kPairs == 0; }
 
-// Some keys of one key/value head: rows `stride` numbers apart.
+// Some keys of all heads: those of a head follow those of the head before, `stride` numbers lead to the next key.
 struct Bf16Keys {
     const bits16 *k, *v;
     long k_stride, v_stride, count;
@@ -21,31 +26,41 @@ struct Bf16Keys {
 
 SATEEN_INLINE __m512bh load_pairs(const bits16* p) { return load_all<__m512bh>(p); }
 
-// Scores of one row of queries [H] and at most kBlock keys, -inf beyond `visible`; returns the largest.
-inline float bf16_scores(const Bf16Keys& keys, long H, const bits16* q, vint newest, vint oldest, long begin, float* scores) {
-    vint lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    vfloat top = splat(-kInf);
-    for (long s = 0; s < keys.count; s += W) {
-        vfloat dot[W];
-        const bits16* key[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-            dot[i] = vfloat{};
-            key[i] = keys.k + (s + i < keys.count ? s + i : keys.count - 1) * keys.k_stride;
+// Scores of four keys and ROWS queries; those of query i go to to + i * to_stride. CHANNELS is H, or 0.
+template <int ROWS, int CHANNELS>
+SATEEN_INLINE void dot_quad(const bits16* const (&key)[kQuad], long H, const bits16* q, float* to, long to_stride) {
+    vfloat dot[ROWS][kQuad];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kQuad; ++j) dot[i][j] = vfloat{};
+    const auto step = [&](long h) SATEEN_LAMBDA {
+        __m512bh row[kQuad];
+#pragma GCC unroll 4
+        for (int j = 0; j < kQuad; ++j) row[j] = load_pairs(key[j] + h);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            const __m512bh x = load_pairs(q + i * H + h);
+#pragma GCC unroll 4
+            for (int j = 0; j < kQuad; ++j) dot[i][j] = Bf16::add(dot[i][j], row[j], x);
         }
-        for (long h = 0; h < H; h += kPairs) {
-            const __m512bh x = load_pairs(q + h);
-#pragma GCC unroll 16
-            for (int i = 0; i < W; ++i) dot[i] = Bf16::add(dot[i], load_pairs(key[i] + h), x);
-        }
-        const vint at = lane + splat_int(int(begin + s));
-        const vint seen = (at <= newest) & (at >= oldest) & (at < splat_int(int(begin + keys.count)));
-        const vfloat x = seen ? sum_each(dot) : splat(-kInf);
-        store(scores + s, x);
-        top = maximum(x, top);
+    };
+    if constexpr (CHANNELS > 0) {
+#pragma GCC unroll 4
+        for (long h = 0; h < CHANNELS; h += kPairs) step(h);
+    } else {
+        for (long h = 0; h < H; h += kPairs) step(h);
     }
-    return max_lanes(top);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+        const auto join = [](vfloat x, vfloat y) SATEEN_LAMBDA {
+            return (vfloat)_mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y), _mm512_unpackhi_ps((__m512)x, (__m512)y));
+        };
+        const __m512d a = (__m512d)join(dot[i][0], dot[i][1]), b = (__m512d)join(dot[i][2], dot[i][3]);
+        const __m512 four = (__m512)((vfloat)_mm512_unpacklo_pd(a, b) + (vfloat)_mm512_unpackhi_pd(a, b));
+        const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+        _mm_storeu_ps(to + i * to_stride, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+    }
 }
 
 // Pairs of neighbouring keys, channel by channel: even lanes one key, odd lanes the next. The order of the channels is
@@ -54,83 +69,200 @@ struct KeyPair {
     __m512bh low, high;
 
     KeyPair(const bits16* one, const bits16* other) {
-        const __m512i a = load_all<__m512i>(one), b = other ? load_all<__m512i>(other) : __m512i{};
+        const __m512i a = load_all<__m512i>(one), b = load_all<__m512i>(other);
         low = (__m512bh)_mm512_maskz_unpacklo_epi16(0xffffffff, a, b);
         high = (__m512bh)_mm512_maskz_unpackhi_epi16(0xffffffff, a, b);
     }
 };
 
-// Two vectors of sums of 32 channels, from the order of KeyPair to that of memory.
-SATEEN_INLINE void in_order(vfloat& low, vfloat& high) {
-    const vfloat first = __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const vfloat second = __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    low = first, high = second;
+// Rows of sums from the order of KeyPair to that of memory.
+inline void in_order(float* x, long count) {
+    for (long c = 0; c < count; c += kPairs) {
+        const vfloat low = load(x + c), high = load(x + c + W);
+        store(x + c, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+        store(x + c + W, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+    }
 }
 
-// out[row] += weights[row] times the values, for ROWS rows; `weights` is bfloat16 [rows, width], zeros behind the last key.
-template <int ROWS>
-inline void add_values(const Bf16Keys& keys, long V, const bits16* weights, long width, float* out) {
-    for (long c = 0; c < V; c += kPairs) {
-        vfloat low[ROWS], high[ROWS];
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i) low[i] = high[i] = vfloat{};
-        for (long s = 0; s < keys.count; s += 2) {
-            const bits16* const one = keys.v + s * keys.v_stride + c;
-            const KeyPair pair(one, s + 1 < keys.count ? one + keys.v_stride : nullptr);
-#pragma GCC unroll 8
-            for (int i = 0; i < ROWS; ++i) {
-                int both;
-                __builtin_memcpy(&both, weights + i * width + s, sizeof both);
-                const __m512bh share = (__m512bh)splat_int(both);
-                low[i] = Bf16::add(low[i], pair.low, share);
-                high[i] = Bf16::add(high[i], pair.high, share);
+// Places of four keys from number `s` on, `stride` apart; behind the last of `count` it is that one again.
+template <bool WHOLE, typename Work>
+SATEEN_INLINE void quad_of(const bits16* first, long stride, long s, long count, Work work) {
+    const bits16* key[kQuad];
+    if constexpr (WHOLE) {
+        key[0] = first + s * stride;
+#pragma GCC unroll 4
+        for (int j = 1; j < kQuad; ++j) key[j] = key[j - 1] + stride;
+    } else {
+        for (int j = 0; j < kQuad; ++j) key[j] = first + (s + j < count ? s + j : count - 1) * stride;
+    }
+    work(key);
+}
+
+// out[row] += weights[row] times the values of KEYS keys, or of those up to `last`, for VECTORS * 32 channels.
+template <int ROWS, int VECTORS, int KEYS>
+SATEEN_INLINE void add_values(const bits16* v, long stride, long first, long last, const bits16* weights, long V, float* out) {
+    vfloat sum[ROWS][2 * VECTORS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < 2 * VECTORS; ++j) sum[i][j] = load(out + i * V + j * W);
+    const auto add = [&](long s) SATEEN_LAMBDA {
+        quad_of<KEYS != 0>(v, stride, s, last, [&](const bits16* const (&key)[kQuad]) SATEEN_LAMBDA {
+#pragma GCC unroll 2
+            for (int k = 0; k < kQuad; k += 2)
+#pragma GCC unroll 2
+                for (int j = 0; j < VECTORS; ++j) {
+                    const KeyPair pair(key[k] + j * kPairs, key[k + 1] + j * kPairs);
+#pragma GCC unroll 4
+                    for (int i = 0; i < ROWS; ++i) {
+                        int both;
+                        __builtin_memcpy(&both, weights + i * kBf16Block + s + k, sizeof both);
+                        const __m512bh share = (__m512bh)splat_int(both);
+                        sum[i][2 * j] = Bf16::add(sum[i][2 * j], pair.low, share);
+                        sum[i][2 * j + 1] = Bf16::add(sum[i][2 * j + 1], pair.high, share);
+                    }
+                }
+        });
+    };
+    if constexpr (KEYS > 0) {
+#pragma GCC unroll 16
+        for (int s = 0; s < KEYS; s += kQuad) add(first + s);
+    } else {
+        for (long s = first; s < last; s += kQuad) add(s);  // weights behind the last key are zeros
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < 2 * VECTORS; ++j) store(out + i * V + j * W, sum[i][j]);
+}
+
+// What folding a block needs besides its keys.
+struct Bf16Fold {
+    const Tile& tile;
+    long H, V, rows;
+    const bits16* query;  // [heads, rows, H], times scale and log2(e)
+    float* scores;        // [heads, rows, 64]
+    bits16* weights;      // [heads, rows, 64]
+    float* out;           // [heads, rows, V], in the order of KeyPair
+    long out_stride;      // from head to head
+
+    static long size(long heads, long rows) { return heads * rows * kBf16Block * 3 / 2; }
+
+    // work(integral_constant of some rows, first of them) for all rows; ROWS is their number, or 0.
+    template <int ROWS, typename Work>
+    SATEEN_INLINE void each_rows(Work work) const {
+        if constexpr (ROWS > 0) return work(std::integral_constant<int, ROWS>{}, 0l);
+        long i = 0;
+        for (; i + 4 <= rows; i += 4) work(std::integral_constant<int, 4>{}, i);
+        if (rows - i == 3) work(std::integral_constant<int, 3>{}, i);
+        if (rows - i == 2) work(std::integral_constant<int, 2>{}, i);
+        if (rows - i == 1) work(std::integral_constant<int, 1>{}, i);
+    }
+
+    // Scores of keys [begin, end) for heads [first, last). With STEP these are kStep keys; CHANNELS is H, or 0.
+    template <int ROWS, int CHANNELS, int STEP>
+    SATEEN_APART void dots(const Bf16Keys& keys, long begin, long end, long first, long last, const RowsAhead& ahead) const {
+        const bits16 *k = keys.k + first * H, *q = query + first * rows * H;
+        float* x = scores + first * rows * kBf16Block;
+        const long channels = CHANNELS ? CHANNELS : H, stride = keys.k_stride;
+        for (long head = first; head < last; ++head, k += channels, q += rows * channels, x += rows * kBf16Block) {
+            const auto quad = [&](long s) SATEEN_LAMBDA {
+                ahead.ask((head - first) * ((STEP ? STEP : kBf16Block) / kQuad) + (s - begin) / kQuad, kQuad * channels * sizeof(bits16));
+                quad_of<STEP != 0>(k, stride, s, end, [&](const bits16* const (&key)[kQuad]) SATEEN_LAMBDA {
+                    each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
+                        dot_quad<some.value, CHANNELS>(key, channels, q + i * channels, x + i * kBf16Block + s, kBf16Block);
+                    });
+                });
+            };
+            if constexpr (STEP > 0) {
+#pragma GCC unroll 16
+                for (int s = 0; s < STEP; s += kQuad) quad(begin + s);
+            } else {
+                for (long s = begin; s < end; s += kQuad) quad(s);
             }
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i) {
-            in_order(low[i], high[i]);
-            float* const to = out + i * V + c;
-            store(to, load(to) + low[i]), store(to + W, load(to + W) + high[i]);
+    }
+
+    // Adds the values of keys [begin, end) to the outputs of heads [first, last); CHANNELS is V, or 0.
+    template <int ROWS, int CHANNELS, int STEP>
+    SATEEN_APART void values(const Bf16Keys& keys, long begin, long end, long first, long last, const RowsAhead& ahead) const {
+        const long channels = CHANNELS ? CHANNELS : V, stride = keys.v_stride;
+        const bits16 *v = keys.v + first * channels, *share = weights + first * rows * kBf16Block;
+        float* to = out + first * out_stride;
+        for (long head = first; head < last; ++head, v += channels, share += rows * kBf16Block, to += out_stride) {
+            ahead.ask(head - first, (STEP ? STEP : kBf16Block) * channels * sizeof(bits16));
+            each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
+                long c = 0;
+                for (; c + 2 * kPairs <= channels; c += 2 * kPairs)
+                    add_values<some.value, 2, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c);
+                if (c < channels)
+                    add_values<some.value, 1, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c);
+            });
         }
     }
-}
 
-inline void add_values(const Bf16Keys& keys, long V, const bits16* weights, long width, long rows, float* out) {
-    long i = 0;
-    for (; i + 8 <= rows; i += 8) add_values<8>(keys, V, weights + i * width, width, out + i * V);
-    if (rows - i >= 4) add_values<4>(keys, V, weights + i * width, width, out + i * V), i += 4;
-    switch (rows - i) {
-        case 3: return add_values<3>(keys, V, weights + i * width, width, out + i * V);
-        case 2: return add_values<2>(keys, V, weights + i * width, width, out + i * V);
-        case 1: return add_values<1>(keys, V, weights + i * width, width, out + i * V);
+    // Calls one of the two with its number of channels, where it is a usual one, and of keys.
+#define SATEEN_FOLD(function, channels)                                                                                     \
+    template <int ROWS, int STEP>                                                                                           \
+    SATEEN_INLINE void function(const Bf16Keys& keys, long begin, long end, long first, long last, const RowsAhead& ahead) const { \
+        if (channels == 64) function<ROWS, 64, STEP>(keys, begin, end, first, last, ahead);                                 \
+        else if (channels == 128) function<ROWS, 128, STEP>(keys, begin, end, first, last, ahead);                          \
+        else function<ROWS, 0, STEP>(keys, begin, end, first, last, ahead);                                                 \
     }
-}
+    SATEEN_FOLD(dots, H)
+    SATEEN_FOLD(values, V)
+#undef SATEEN_FOLD
 
-// Folds at most `width` keys, the first at place `begin`, into what the online softmax of a tile's rows carries. `query`
-// is bfloat16 [rows, H], times scale and log2(e); `scores` and `weights` are scratch of [rows, width].
-inline void fold_bf16(const Bf16Keys& keys, long H, long V, const Tile& tile, const bits16* query, long begin, long width,
-                      float* scores, bits16* weights, float* top, float* sum, float* out) {
-    const long rows = tile.last - tile.first;
-    for (long i = 0; i < rows; ++i) {
-        float* const x = scores + i * width;
-        const vint newest = splat_int(tile.newest[i]), oldest = splat_int(tile.oldest[i]);
-        const float before = top[i], largest = bf16_scores(keys, H, query + i * H, newest, oldest, begin, x);
-        top[i] = largest > before ? largest : before;
-        const float base = top[i] == -kInf ? 0.0f : top[i];
+    // Scores of one row to weights; what its online softmax carries goes along.
+    SATEEN_APART void soften(long count, long begin, bool is_masked, long head, long i, float& top, float& sum) const {
+        float *const x = scores + (head * rows + i) * kBf16Block, *const to = out + head * out_stride + i * V;
+        if (is_masked) {
+            vint lane;
+            for (int j = 0; j < W; ++j) lane[j] = j;
+            const vint newest = splat_int(tile.newest[i]), oldest = splat_int(tile.oldest[i]), end = splat_int(int(begin + count));
+            for (long s = 0; s < kBf16Block; s += W) {
+                const vint at = lane + splat_int(int(begin + s));
+                store(x + s, (at <= newest) & (at >= oldest) & (at < end) ? load(x + s) : splat(-kInf));
+            }
+        }
+        const vfloat most = maximum(maximum(load(x), load(x + W)), maximum(load(x + 2 * W), load(x + 3 * W)));
+        const float before = top, largest = max_lanes(most);
+        top = largest > before ? largest : before;
+        const float base = top == -kInf ? 0.0f : top;
         vfloat total{};
-        for (long s = 0; s < keys.count; s += W) {
+#pragma GCC unroll 4
+        for (long s = 0; s < kBf16Block; s += W) {
             const vfloat weight = exp2_fast(load(x + s) - base);
             total += weight;
             const auto rounded = _mm512_maskz_cvtneps_pbh(0xffff, (__m512)weight);
-            __builtin_memcpy(weights + i * width + s, &rounded, sizeof rounded);
+            __builtin_memcpy(weights + (head * rows + i) * kBf16Block + s, &rounded, sizeof rounded);
         }
         const float shrink = largest > before ? exp2_fast(splat(before - base))[0] : 1.0f;
-        sum[i] = sum[i] * shrink + sum_lanes(total);
+        sum = sum * shrink + sum_lanes(total);
         if (shrink != 1.0f)
-            for (long c = 0; c < V; c += W) store(out + i * V + c, load(out + i * V + c) * shrink);
+            for (long c = 0; c < V; c += W) store(to + c, load(to + c) * shrink);
     }
-    add_values(keys, V, weights, width, rows, out);
-}
+
+    // Folds at most 64 keys, the first at place `begin`, into the states of heads [first, last), few rows a
+    // few keys of all heads at a time. `ahead(i)` is what the i-th step reads ahead; those of values follow those of keys.
+    template <int ROWS, typename StateOf, typename Ahead>
+    SATEEN_INLINE void fold(const Bf16Keys& keys, long begin, long first, long last, StateOf state_of, Ahead ahead) const {
+        const long count = keys.count;
+        constexpr int STEP = ROWS ? kStep : 0;
+        long number = 0, s = 0;
+        for (; ROWS && s + kStep <= count; s += kStep) dots<ROWS, STEP>(keys, s, s + kStep, first, last, ahead(number++));
+        if (s < count) dots<ROWS, 0>(keys, s, count, first, last, ahead(number));
+        bool is_masked = count < kBf16Block;
+        for (long i = 0; i < rows; ++i) is_masked |= tile.oldest[i] > begin || tile.newest[i] < begin + count - 1;
+        for (long head = first; head < last; ++head) {
+            const auto state = state_of(head);
+            for (long i = 0; i < rows; ++i) soften(count, begin, is_masked, head, i, state.top[i], state.sum[i]);
+        }
+        number = divide_up(count, kStep), s = 0;
+        for (; ROWS && s + kStep <= count; s += kStep) values<ROWS, STEP>(keys, s, s + kStep, first, last, ahead(number++));
+        if (s < count) values<ROWS, 0>(keys, s, count, first, last, ahead(number));
+    }
+};
 #endif
 
 }  // namespace

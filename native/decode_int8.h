@@ -138,8 +138,13 @@ thread_local Scratch code_scratch;
 inline void attend_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
     const Tile tile = tile_of(p, l, task);
     const long state_size = RowStates::size(l.H, l.V), block_size = sizeof(BlockScratch) / sizeof(float);
-    // Packed rows, or two lines of scales and the queries of all heads four times.
-    const long packed_size = PackedRows::size(l.H, l.V, kCodeBlock) + l.K * kGroup * l.H;
+    // Packed rows, or two lines of scales and the queries of all heads four times, or what a single row needs.
+    long packed_size = PackedRows::size(l.H, l.V, kCodeBlock) + l.K * kGroup * l.H;
+    bool is_direct = false;
+#ifdef __AVX512VNNI__
+    is_direct = fits_direct(l.H, l.V, task.rows);
+    if (is_direct && task.rows == 1) packed_size = OneRowFold::size(l.K, l.H, l.V);
+#endif
     float* const memory = code_scratch.take(block_size + packed_size + l.K * state_size + CodeBlocks::size(l));
     float *const packed = memory + block_size, *const states = packed + packed_size;
     const CodeBlocks blocks(p, l, task.sequence, states + l.K * state_size);
@@ -147,11 +152,11 @@ inline void attend_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTa
     // Queries come times scale * log2(e).
     for (long head = 0; head < l.K; ++head)
         states_of(head).begin([&](long i) { return query_of(p, l, task, head, i); }, task.rows, l.H, kLn2,
-                   mean_of(p, l, task.sequence) + head * l.H);
+                   mean_of(p, l, task.sequence) + head * l.H, is_direct ? task.rows : kRows);
 #ifdef __AVX512VNNI__
-    const bool is_direct = fits_direct(l.H, l.V, task.rows);
+    const OneRowFold one(tile, l.K, l.H, l.V, packed);
     float* const scales = packed;
-    code* const spread = reinterpret_cast<code*>(packed + 2 * kCodeBlock);
+    code* const spread = task.rows == 1 ? one.spread : reinterpret_cast<code*>(packed + 2 * kCodeBlock);
     if (is_direct)
         for (long head = 0; head < l.K; ++head)
             for (long i = 0; i < task.rows; ++i)
@@ -170,6 +175,25 @@ inline void attend_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTa
             ahead = {static_cast<const char*>(l.cache.k) + next * l.H, static_cast<const char*>(l.cache.v) + next * l.V, 16 * l.H, 16 * l.V};
             next_scales[0] = l.cache.scales.k + next, next_scales[1] = l.cache.scales.v + next;
         }
+#ifdef __AVX512VNNI__
+        if (is_direct && task.rows == 1) {
+            for (const float* from : next_scales)
+                if (from) fetch(reinterpret_cast<const char*>(from), l.K * kCodeBlock * sizeof(float));
+            // Steps over the keys, over the values, and over those of the next block follow one another.
+            constexpr long kSteps = kCodeBlock / OneRowFold::kStep;
+            const long k_bytes = OneRowFold::kStep * l.K * l.H, v_bytes = OneRowFold::kStep * l.K * l.V;
+            const auto at = [&](long step) -> const char* {
+                const char* const k = step < 2 * kSteps ? reinterpret_cast<const char*>(run.k) : ahead.k;
+                const char* const v = step < 2 * kSteps ? reinterpret_cast<const char*>(run.v) : ahead.v;
+                if (!k || step >= 4 * kSteps) return nullptr;
+                step %= 2 * kSteps;
+                return step < kSteps ? k + step * k_bytes : v + (step - kSteps) * v_bytes;
+            };
+            const long later = divide_up(kLaterBytes, k_bytes);
+            one.fold(run, begin, states_of, [&](long step) { return RowsAhead{at(step + 1), at(step + later)}; });
+            continue;
+        }
+#endif
         for (long head = 0; head < l.K; ++head) {
             for (const float* from : next_scales)
                 if (from) fetch(reinterpret_cast<const char*>(from + head * kCodeBlock), kCodeBlock * sizeof(float));

@@ -24,6 +24,23 @@ struct SpanState {
     }
 };
 
+constexpr long kLaterBytes = 12288;  // how far ahead of what is read in the order of memory
+
+// Bytes that will be read soon, and others later; null for none. What is read soon is touched, which a processor does not
+// leave out as it does prefetches beyond those it can keep, and which its own prefetching follows.
+struct RowsAhead {
+    const char *soon, *later;
+
+    // Number `part` of parts of `bytes`.
+    SATEEN_INLINE void ask(long part, long bytes) const {
+#pragma GCC unroll 1
+        for (long i = part * bytes; i < (part + 1) * bytes; i += 64) {
+            if (later) __builtin_prefetch(later + i, 0, 2);
+            if (soon) (void)*static_cast<const volatile char*>(soon + i);
+        }
+    }
+};
+
 inline long cache_row(const DecodeStep& p, const DecodeLayer& l, long b, long position) {
     const long ring = l.cache.ring_rows;
     if (ring) return p.slot[b] * ring + position % ring;

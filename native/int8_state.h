@@ -31,9 +31,9 @@ struct RowStates {
         codes = reinterpret_cast<code*>(out + kRows * columns);
     }
 
-    // Quantises rows [0, used) and begins; `query(i)` is a row's channels.
+    // Quantises rows [0, used) and begins `all`; `query(i)` is a row's channels.
     template <typename RowAt>
-    void begin(RowAt query, long used, long H, float scale, const float* k_mean) {
+    void begin(RowAt query, long used, long H, float scale, const float* k_mean, long all = kRows) {
         for (long i = 0; i < used; ++i) {
             const float* const x = query(i);
             const RowCodes row = quantize_row(x, nullptr, H, scale < 0.0f ? -1.0f : 1.0f, codes + i * stride);
@@ -46,11 +46,11 @@ struct RowStates {
             shift[i] = scale * dot;
             top[i] = -kInf, sum[i] = 0.0f;
         }
-        for (long i = used; i < kRows; ++i) {
+        for (long i = used; i < all; ++i) {
             step[i] = sum[i] = shift[i] = 0.0f, top[i] = -kInf, start[i] = 0;
             for (long c = 0; c < stride; ++c) codes[i * stride + c] = 0;
         }
-        for (long i = 0; i < kRows * columns; i += W) store(out + i, vfloat{});
+        for (long i = 0; i < all * columns; i += W) store(out + i, vfloat{});
     }
 };
 

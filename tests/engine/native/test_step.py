@@ -218,6 +218,16 @@ def test_rows_of_sixteen_bits(name, dtype):
     assert relative_rms(want, wide) > 3 * relative_rms(got, want)
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("name", ["llama", "mistral", "one head per row"])
+def test_bfloat16_rows_of_whole_vectors(name, head_dim):
+    """Heads that bfloat16 dot products read where they lie, in pages and in rings."""
+    pair = Pair(build(name, head_dim=head_dim), torch.bfloat16)
+    for counts in [*SCHEDULE, [70, 1, 3, 2, 1], [1, 1, 1, 1, 1]]:
+        want, got = pair.step(counts)
+        assert_near(got, want, TOLERANCE[torch.bfloat16])
+
+
 def test_numbers_that_round_oddly_in_float16():
     """Subnormals, the borders of the range and ties, through the values of a layer that passes them on."""
     values = torch.tensor([6e-8, 2.9e-8, 3e-8, 6.1e-5, 6.09e-5, 2049.0, 2051.0, 65519.0, 65520.0, -1e-9, 0.0])
