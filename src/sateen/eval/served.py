@@ -15,7 +15,6 @@ from sateen.eval.perplexity import perplexity
 from sateen.receipt import JSON_NAME, Receipt, hardware, versions
 
 KIND = "evaluated model"  # of a receipt's source
-CHUNK = 1 << 22  # bytes of a file that are hashed at once
 
 
 def text_quality(llm: LLM, documents: Iterable[Document], *, is_cached: bool) -> dict[str, Any]:
@@ -94,6 +93,5 @@ def _sha256(model: Path) -> str | None:
     whole = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while chunk := stream.read(CHUNK):
-                whole.update(chunk)
+            hashlib.file_digest(stream, lambda: whole)
     return whole.hexdigest()

@@ -325,37 +325,42 @@ def test_lists_are_those_of_torch(name):
     assert different == 0
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
-@pytest.mark.parametrize("name", ["hysparse", "hysparse, odd sizes", "hysparse2"])
-def test_hysparse_at_every_instruction_set(name, isa):
-    """Rows of float32 against torch in float64, lists included; rows of 16 bits where every visible block is
-    listed, because rounding moves other choices.
-    """
+@pytest.fixture
+def selected_isa(isa):
+    """Runs a test with the instruction set of its parameter, or skips it where the processor has another."""
     before = native().current_isa()
     try:
         native().select_isa(isa)
     except ValueError as error:
         pytest.skip(str(error))
-    try:
-        exact = Pair(build(name))
-        for counts in SCHEDULE[:5]:
-            want, got = exact.step(counts)
-            assert_near(got, want, 1e-5)
-        for layer, lists in exact.links[1].selections.items():
-            assert lists.equal(exact.links[0].selections[layer])
-        size = 1 if name == "hysparse2" else TINY["head_dim"]
-        everything = {"sparse_block_size": size, "sparse_topk_tokens": 512}
-        for dtype, head_dim in ((torch.float16, 16), (torch.bfloat16, 24), (torch.bfloat16, 64)):
-            wide = {"head_dim": head_dim, "v_head_dim": 32 if head_dim == 64 else 12}
-            model = build(name, **everything, **wide)
-            for moe in model.moe_layers().values():  # routes that rounding leaves alone
-                moe.gate.e_score_correction_bias += 2.0 * torch.arange(moe.spec.num_experts)
-            rounded = Pair(model, dtype)
-            for counts in SCHEDULE[:8]:
-                want, got = rounded.step(counts)
-                assert_near(got, want, TOLERANCE[dtype])
-    finally:
-        native().select_isa(before)
+    yield
+    native().select_isa(before)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["hysparse", "hysparse, odd sizes", "hysparse2"])
+@pytest.mark.usefixtures("selected_isa")
+def test_hysparse_at_every_instruction_set(name, isa):
+    """Rows of float32 against torch in float64, lists included; rows of 16 bits where every visible block is
+    listed, because rounding moves other choices.
+    """
+    exact = Pair(build(name))
+    for counts in SCHEDULE[:5]:
+        want, got = exact.step(counts)
+        assert_near(got, want, 1e-5)
+    for layer, lists in exact.links[1].selections.items():
+        assert lists.equal(exact.links[0].selections[layer])
+    size = 1 if name == "hysparse2" else TINY["head_dim"]
+    everything = {"sparse_block_size": size, "sparse_topk_tokens": 512}
+    for dtype, head_dim in ((torch.float16, 16), (torch.bfloat16, 24), (torch.bfloat16, 64)):
+        wide = {"head_dim": head_dim, "v_head_dim": 32 if head_dim == 64 else 12}
+        model = build(name, **everything, **wide)
+        for moe in model.moe_layers().values():  # routes that rounding leaves alone
+            moe.gate.e_score_correction_bias += 2.0 * torch.arange(moe.spec.num_experts)
+        rounded = Pair(model, dtype)
+        for counts in SCHEDULE[:8]:
+            want, got = rounded.step(counts)
+            assert_near(got, want, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", ["hysparse, odd sizes", "hysparse, blocks over pages", "hysparse2"])
@@ -599,20 +604,13 @@ def test_one_layer_is_that_of_torch(name, attention, num_draft):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 128])
-def test_every_instruction_set(isa, head_dim, monkeypatch):
-    before = native().current_isa()
-    try:
-        native().select_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for name in ("qwen3", "mistral, long window"):
-            pair = int8_pair(name, "int8", num_hidden_layers=1, head_dim=head_dim)
-            for counts in ([70, 3, 1, 0, 0], [1, 4, 9, 1, 0], [60, 1, 1, 1, 1]):
-                want, got = pair.step(counts)
-                assert_tokens_near(got, want)
-    finally:
-        native().select_isa(before)
+@pytest.mark.usefixtures("selected_isa")
+def test_every_instruction_set(isa, head_dim):
+    for name in ("qwen3", "mistral, long window"):
+        pair = int8_pair(name, "int8", num_hidden_layers=1, head_dim=head_dim)
+        for counts in ([70, 3, 1, 0, 0], [1, 4, 9, 1, 0], [60, 1, 1, 1, 1]):
+            want, got = pair.step(counts)
+            assert_tokens_near(got, want)
 
 
 def test_parts_of_the_keys_join():

@@ -25,8 +25,8 @@ class OracleAttention(FullAttention, kind="oracle_attention"):
 
     Options of the spec: `num_blocks` blocks of `block_size` keys chosen per query (0 or absent: nothing is
     chosen or lent), `forced_window` newest keys listed besides, `aggregate` over a group's heads (`max` or
-    `mean`), `publishes_input`, and `input_from`, the
-    layer whose published input the keys and values are projected from.
+    `mean`), `publishes_input`, and `input_from`, the layer whose published input the keys and values are
+    projected from.
     """
 
     def forward(self, x_TD: Tensor, seq: Sequences, cache: LayerCache | None, links: LayerLinks) -> Tensor:
