@@ -244,7 +244,7 @@ def parameters(config: RunConfig, task: str, length: int) -> dict[str, Any]:
     scaled = {
         key: max(2, round(value * share))
         for key, value in trained.items()
-        if key in ("num_keys", "num_chains", "num_queries", "repeats") and share < 1
+        if key in ("num_keys", "num_queries", "repeats") and share < 1
     }
     return trained | scaled | {"length": length - 2}
 
