@@ -277,9 +277,13 @@ def summary(rows: list[dict[str, Any]], lengths: list[int]) -> dict[str, Any]:
 
 
 def quantities(row: dict[str, Any], lengths: list[int]) -> dict[str, float]:
-    """The numbers of a run that arms are compared by."""
+    """The numbers of a run that arms are compared by; `all@n` is the mean over the tasks."""
     tasks = {f"{task}@{n}": row["tasks"][task][str(n)]["accuracy"] for task in row["tasks"] for n in lengths}
-    return {"bits_per_byte": row["bits_per_byte"]} | tasks
+    means = {
+        f"all@{n}": statistics.fmean(task[str(n)]["accuracy"] for task in row["tasks"].values())
+        for n in lengths
+    }
+    return {"bits_per_byte": row["bits_per_byte"]} | means | tasks
 
 
 def spread(values: list[float]) -> dict[str, Any]:

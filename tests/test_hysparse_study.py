@@ -98,6 +98,7 @@ def test_means_errors_pairs_and_gaps_by_hand():
     needle = arms["hysparse"]["needle@256"]
     assert needle["minus_sliding"]["values"] == pytest.approx([0.3, 0.4, 0.25])
     assert needle["gap_closed"] == pytest.approx((0.95 / 3) / (1.3 / 3))
+    assert arms["hysparse"]["all@256"] == needle  # every task has the same number here
     assert "gap_closed" not in arms["sliding"]["needle@256"]
     assert "minus_full" not in arms["full"]["bits_per_byte"]
 
@@ -159,6 +160,13 @@ def test_counts_shrink_with_the_length():
     parameters = study.parameters(config("full"), "multikey", 256)
     assert (parameters["length"], parameters["num_keys"]) == (254, 12)
     assert study.parameters(config("full"), "multikey", 1024)["num_keys"] == 49
+    assert study.parameters(config("full"), "vt", 256)["num_chains"] == 4  # but for chains, of which there are few
+
+
+def test_the_mean_over_tasks_weighs_them_alike():
+    uneven = row("full", 0, 2.0, 0.5)
+    uneven["tasks"]["vt"]["256"]["accuracy"] = 0.9
+    assert study.quantities(uneven, [256])["all@256"] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_shortened_arm_trains_and_answers_are_all_that_is_trained(arm, texts, 
         "model.overrides.intermediate_size=96", "model.overrides.vocab_size=460",
         "stages.pairs.tokens=4096", "stages.pairs.tokens_per_batch=1024",
         "stages.pairs.schedule.warmup_tokens=0",
-        "stages.twos.tokens=1024", "stages.twos.tokens_per_batch=1024",
+        "stages.hops.tokens=1024", "stages.hops.tokens_per_batch=1024",
         "stages.near.tokens=1024", "stages.near.tokens_per_batch=1024", "stages.mixed.tokens=1024",
         "stages.far.tokens=1024", "stages.far.tokens_per_batch=1024", "stages.mixed.tokens_per_batch=1024",
         "dtype=float32",
@@ -62,7 +62,7 @@ def test_a_shortened_arm_trains_and_answers_are_all_that_is_trained(arm, texts, 
     config = load_recipe(paths, [*shortened, *sets])
     run_recipe(config, tmp_path / "run", Silent())
     rows = read_metrics(tmp_path / "run")
-    assert [row["stage"] for row in rows] == ["pairs"] * 4 + ["twos", "near", "far", "mixed"]
+    assert [row["stage"] for row in rows] == ["pairs"] * 4 + ["hops", "near", "far", "mixed"]
     assert rows[3]["loss"] < rows[0]["loss"]
     assert "heldout_bits_per_byte" in rows[-1]
 
