@@ -138,29 +138,20 @@ void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task
             narrow(Format::bf16, static_cast<const float*>(run.v), count * K * V, new_v);
             keys.k = new_k, keys.v = new_v;
         }
-        if (ROWS > 0) {
-            // Steps over the keys, over the values, and over the next run's follow one another.
-            const long steps = divide_up(count, kStep), next_steps = divide_up(next_count, kStep);
-            const long k_bytes = K * H * sizeof(bits16), v_bytes = K * V * sizeof(bits16);
-            const auto at = [&](long step) -> const char* {
-                if (step < steps) return reinterpret_cast<const char*>(keys.k) + step * kStep * k_bytes;
-                step -= steps;
-                if (step < steps) return reinterpret_cast<const char*>(keys.v) + step * kStep * v_bytes;
-                step -= steps;
-                if (step < next_steps) return static_cast<const char*>(next.k) + step * kStep * k_bytes;
-                step -= next_steps;
-                return step < next_steps ? static_cast<const char*>(next.v) + step * kStep * v_bytes : nullptr;
+        const auto later = [&](const void* rows, long channels, const bits16* here) {
+            return [=, &p, &l, &task](long s) {
+                const long row = K * channels;
+                return LaterRows(p, l, task, rows, row * sizeof(bits16), begin + s, here + s * row);
             };
-            const long later = divide_up(2 * kLaterBytes, kStep * k_bytes);
-            const auto ahead = [&](long step) {
-                return RowsAhead{nullptr, at(step + later)};
-            };
-            fold.template fold<ROWS>(keys, begin, 0, K, state_of, ahead);
-        } else
+        };
+        const auto later_keys = later(l.cache.k, H, keys.k);
+        const auto later_values = later(l.cache.v, V, keys.v);
+        if (ROWS > 0) fold.template fold<ROWS>(keys, begin, 0, K, state_of, later_keys, later_values);
+        else
             for (long head = 0; head < K; ++head) {
                 prefetch(next.k, next_count * K * H * sizeof(bits16), head, K);
                 prefetch(next.v, next_count * K * V * sizeof(bits16), head, K);
-                fold.template fold<ROWS>(keys, begin, head, head + 1, state_of, [](long) { return RowsAhead{}; });
+                fold.template fold<ROWS>(keys, begin, head, head + 1, state_of, later_keys, later_values);
             }
         begin = run.end;
         run = next;

@@ -13,7 +13,7 @@ namespace {
 #ifdef __AVX512BF16__
 constexpr long kPairs = 32;      // channels of one vector
 constexpr long kQuad = 4;        // keys whose dot products share a vector
-constexpr long kStep = 4;        // tokens whose heads are read one after another
+constexpr long kStep = 4;            // tokens whose heads are read one after another
 constexpr long kBf16Block = 64;  // keys of one step of the online softmax
 
 inline bool fits_bf16(const DecodeLayer& l) { return l.cache.format == Format::bf16 && l.H % kPairs == 0 && l.V % kPairs == 0; }
@@ -161,13 +161,14 @@ struct Bf16Fold {
 
     // Scores of keys [begin, end) for heads [first, last). With STEP these are kStep keys; CHANNELS is H, or 0.
     template <int ROWS, int CHANNELS, int STEP>
-    SATEEN_APART void dots(const Bf16Keys& keys, long begin, long end, long first, long last, const RowsAhead& ahead) const {
+    SATEEN_APART void dots(const Bf16Keys& keys, long begin, long end, long first, long last, LaterRows later) const {
         const bits16 *k = keys.k + first * H, *q = query + first * rows * H;
         float* x = scores + first * rows * kBf16Block;
         const long channels = CHANNELS ? CHANNELS : H, stride = keys.k_stride;
         for (long head = first; head < last; ++head, k += channels, q += rows * channels, x += rows * kBf16Block) {
             const auto quad = [&](long s) SATEEN_LAMBDA {
-                ahead.ask((head - first) * ((STEP ? STEP : kBf16Block) / kQuad) + (s - begin) / kQuad, kQuad * channels * sizeof(bits16));
+                #pragma GCC unroll 4
+                for (long i = 0; i < kQuad * channels * long(sizeof(bits16)); i += 256) later.ask();
                 quad_of<STEP != 0>(k, stride, s, end, [&](const bits16* const (&key)[kQuad]) SATEEN_LAMBDA {
                     each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
                         dot_quad<some.value, CHANNELS>(key, channels, q + i * channels, x + i * kBf16Block + s, kBf16Block);
@@ -185,12 +186,13 @@ struct Bf16Fold {
 
     // Adds the values of keys [begin, end) to the outputs of heads [first, last); CHANNELS is V, or 0.
     template <int ROWS, int CHANNELS, int STEP>
-    SATEEN_APART void values(const Bf16Keys& keys, long begin, long end, long first, long last, const RowsAhead& ahead) const {
+    SATEEN_APART void values(const Bf16Keys& keys, long begin, long end, long first, long last, LaterRows later) const {
         const long channels = CHANNELS ? CHANNELS : V, stride = keys.v_stride;
         const bits16 *v = keys.v + first * channels, *share = weights + first * rows * kBf16Block;
         float* to = out + first * out_stride;
         for (long head = first; head < last; ++head, v += channels, share += rows * kBf16Block, to += out_stride) {
-            ahead.ask(head - first, (STEP ? STEP : kBf16Block) * channels * sizeof(bits16));
+#pragma GCC unroll 8
+            for (long i = 0; i < STEP * channels * long(sizeof(bits16)); i += 256) later.ask();
             each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
                 long c = 0;
                 for (; c + 2 * kPairs <= channels; c += 2 * kPairs)
@@ -204,10 +206,10 @@ struct Bf16Fold {
     // Calls one of the two with its number of channels, where it is a usual one, and of keys.
 #define SATEEN_FOLD(function, channels)                                                                                     \
     template <int ROWS, int STEP>                                                                                           \
-    SATEEN_INLINE void function(const Bf16Keys& keys, long begin, long end, long first, long last, const RowsAhead& ahead) const { \
-        if (channels == 64) function<ROWS, 64, STEP>(keys, begin, end, first, last, ahead);                                 \
-        else if (channels == 128) function<ROWS, 128, STEP>(keys, begin, end, first, last, ahead);                          \
-        else function<ROWS, 0, STEP>(keys, begin, end, first, last, ahead);                                                 \
+    SATEEN_INLINE void function(const Bf16Keys& keys, long begin, long end, long first, long last, LaterRows later) const { \
+        if (channels == 64) function<ROWS, 64, STEP>(keys, begin, end, first, last, later);                                 \
+        else if (channels == 128) function<ROWS, 128, STEP>(keys, begin, end, first, last, later);                          \
+        else function<ROWS, 0, STEP>(keys, begin, end, first, last, later);                                                 \
     }
     SATEEN_FOLD(dots, H)
     SATEEN_FOLD(values, V)
@@ -244,23 +246,29 @@ struct Bf16Fold {
     }
 
     // Folds at most 64 keys, the first at place `begin`, into the states of heads [first, last), few rows a
-    // few keys of all heads at a time. `ahead(i)` is what the i-th step reads ahead; those of values follow those of keys.
-    template <int ROWS, typename StateOf, typename Ahead>
-    SATEEN_INLINE void fold(const Bf16Keys& keys, long begin, long first, long last, StateOf state_of, Ahead ahead) const {
+    // few keys of all heads at a time. `later_keys(s)` is what is asked for while keys from number s on are read.
+    template <int ROWS, typename StateOf, typename LaterKeys, typename LaterValues>
+    SATEEN_INLINE void fold(const Bf16Keys& keys, long begin, long first, long last, StateOf state_of, LaterKeys later_keys,
+                            LaterValues later_values) const {
         const long count = keys.count;
         constexpr int STEP = ROWS ? kStep : 0;
-        long number = 0, s = 0;
-        for (; ROWS && s + kStep <= count; s += kStep) dots<ROWS, STEP>(keys, s, s + kStep, first, last, ahead(number++));
-        if (s < count) dots<ROWS, 0>(keys, s, count, first, last, ahead(number));
+        long s = 0;
+        for (; ROWS && s + kStep <= count; s += kStep) {
+            if (ROWS == 1) touch(keys.k + s * keys.k_stride, kStep * keys.k_stride * sizeof(bits16));
+            dots<ROWS, STEP>(keys, s, s + kStep, first, last, later_keys(s));
+        }
+        if (s < count) dots<ROWS, 0>(keys, s, count, first, last, later_keys(s));
         bool is_masked = count < kBf16Block;
         for (long i = 0; i < rows; ++i) is_masked |= tile.oldest[i] > begin || tile.newest[i] < begin + count - 1;
         for (long head = first; head < last; ++head) {
             const auto state = state_of(head);
             for (long i = 0; i < rows; ++i) soften(count, begin, is_masked, head, i, state.top[i], state.sum[i]);
         }
-        number = divide_up(count, kStep), s = 0;
-        for (; ROWS && s + kStep <= count; s += kStep) values<ROWS, STEP>(keys, s, s + kStep, first, last, ahead(number++));
-        if (s < count) values<ROWS, 0>(keys, s, count, first, last, ahead(number));
+        for (s = 0; ROWS && s + kStep <= count; s += kStep) {
+            if (ROWS == 1) touch(keys.v + s * keys.v_stride, kStep * keys.v_stride * sizeof(bits16));
+            values<ROWS, STEP>(keys, s, s + kStep, first, last, later_values(s));
+        }
+        if (s < count) values<ROWS, 0>(keys, s, count, first, last, later_values(s));
     }
 };
 #endif
