@@ -114,18 +114,19 @@ template <int ROWS>
 void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
     const long b = task.sequence, rows = task.rows, K = l.K, H = l.H, V = l.V;
     const Tile tile = tile_of(p, l, task);
-    const long numbers = K * rows * H + kBf16Block * K * (H + V);
-    float* const memory = attention_scratch.take(Bf16Fold::size(K, rows) + divide_up(numbers, 2));
+    const long numbers = K * rows * H + kBf16Block * K * (H + V), soft_stride = ROWS ? rows : round_up(rows, W);
+    const long soft_size = SoftRows::size(K * soft_stride);
+    float* const scratch = attention_scratch.take(soft_size + Bf16Fold::size(K, rows) + divide_up(numbers, 2));
+    float* const memory = scratch + soft_size;
     bits16 *const weights = reinterpret_cast<bits16*>(memory + K * rows * kBf16Block), *const query = weights + K * rows * kBf16Block;
     bits16 *const new_k = query + K * rows * H, *const new_v = new_k + kBf16Block * K * H;
     const auto state_of = [&](long head) { return SpanState(p, l, task, head); };
-    const Bf16Fold fold{tile, H, V, rows, query, memory, weights, state_of(0).out, state_of(1).out - state_of(0).out};
+    const SoftRows soft(K * soft_stride, scratch);
+    const Bf16Fold fold{tile,    H, V, rows, query, memory, weights, state_of(0).out, state_of(1).out - state_of(0).out, soft,
+                        soft_stride};
     for (long head = 0; head < K; ++head) {
         const SpanState state = state_of(head);
-        for (long i = 0; i < rows; ++i) {
-            narrow(Format::bf16, query_of(p, l, task, head, i), H, query + (head * rows + i) * H);
-            state.top[i] = -kInf, state.sum[i] = 0.0f;
-        }
+        for (long i = 0; i < rows; ++i) narrow(Format::bf16, query_of(p, l, task, head, i), H, query + (head * rows + i) * H);
         for (long i = 0; i < rows * V; ++i) state.out[i] = 0.0f;
     }
     Run run(p, l, b, task.from, task.to, kBf16Block);
@@ -146,17 +147,21 @@ void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task
         };
         const auto later_keys = later(l.cache.k, H, keys.k);
         const auto later_values = later(l.cache.v, V, keys.v);
-        if (ROWS > 0) fold.template fold<ROWS>(keys, begin, 0, K, state_of, later_keys, later_values);
+        if (ROWS > 0) fold.template fold<ROWS>(keys, begin, 0, K, later_keys, later_values);
         else
             for (long head = 0; head < K; ++head) {
                 prefetch(next.k, next_count * K * H * sizeof(bits16), head, K);
                 prefetch(next.v, next_count * K * V * sizeof(bits16), head, K);
-                fold.template fold<ROWS>(keys, begin, head, head + 1, state_of, later_keys, later_values);
+                fold.template fold<ROWS>(keys, begin, head, head + 1, later_keys, later_values);
             }
         begin = run.end;
         run = next;
     }
-    for (long head = 0; head < K; ++head) in_order(state_of(head).out, rows * V);
+    for (long head = 0; head < K; ++head) {
+        const SpanState state = state_of(head);
+        for (long i = 0; i < rows; ++i) state.top[i] = soft.top[head * soft_stride + i], state.sum[i] = soft.sum[head * soft_stride + i];
+        in_order(state.out, rows * V);
+    }
 }
 #endif
 

@@ -2,7 +2,7 @@
 // lie, queries and the weights of the softmax are rounded to bfloat16, sums are float32.
 //
 // With few query rows the time is that of reading the cache, and memory is fastest in the order of its addresses. So a
-// block's keys of all heads come before its values, four tokens at a time, and every product asks for what comes later.
+// block's keys of all heads come before its values, eight tokens at a time, and what comes later is asked for on the way.
 #pragma once
 
 #include "decode_rows.h"
@@ -13,7 +13,7 @@ namespace {
 #ifdef __AVX512BF16__
 constexpr long kPairs = 32;      // channels of one vector
 constexpr long kQuad = 4;        // keys whose dot products share a vector
-constexpr long kStep = 4;            // tokens whose heads are read one after another
+constexpr long kStep = 8;        // tokens whose heads are read one after another
 constexpr long kBf16Block = 64;  // keys of one step of the online softmax
 
 inline bool fits_bf16(const DecodeLayer& l) { return l.cache.format == Format::bf16 && l.H % kPairs == 0 && l.V % kPairs == 0; }
@@ -145,6 +145,8 @@ struct Bf16Fold {
     bits16* weights;      // [heads, rows, 64]
     float* out;           // [heads, rows, V], in the order of KeyPair
     long out_stride;      // from head to head
+    SoftRows soft;
+    long soft_stride;     // from head to head: rows, in whole vectors where heads are folded one by one
 
     static long size(long heads, long rows) { return heads * rows * kBf16Block * 3 / 2; }
 
@@ -167,8 +169,8 @@ struct Bf16Fold {
         const long channels = CHANNELS ? CHANNELS : H, stride = keys.k_stride;
         for (long head = first; head < last; ++head, k += channels, q += rows * channels, x += rows * kBf16Block) {
             const auto quad = [&](long s) SATEEN_LAMBDA {
-                #pragma GCC unroll 4
-                for (long i = 0; i < kQuad * channels * long(sizeof(bits16)); i += 256) later.ask();
+#pragma GCC unroll 4
+                for (long i = 0; STEP && i < kQuad * channels * long(sizeof(bits16)); i += 256) later.ask();
                 quad_of<STEP != 0>(k, stride, s, end, [&](const bits16* const (&key)[kQuad]) SATEEN_LAMBDA {
                     each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
                         dot_quad<some.value, CHANNELS>(key, channels, q + i * channels, x + i * kBf16Block + s, kBf16Block);
@@ -215,41 +217,56 @@ struct Bf16Fold {
     SATEEN_FOLD(values, V)
 #undef SATEEN_FOLD
 
-    // Scores of one row to weights; what its online softmax carries goes along.
-    SATEEN_APART void soften(long count, long begin, bool is_masked, long head, long i, float& top, float& sum) const {
-        float *const x = scores + (head * rows + i) * kBf16Block, *const to = out + head * out_stride + i * V;
-        if (is_masked) {
-            vint lane;
-            for (int j = 0; j < W; ++j) lane[j] = j;
-            const vint newest = splat_int(tile.newest[i]), oldest = splat_int(tile.oldest[i]), end = splat_int(int(begin + count));
-            for (long s = 0; s < kBf16Block; s += W) {
-                const vint at = lane + splat_int(int(begin + s));
-                store(x + s, (at <= newest) & (at >= oldest) & (at < end) ? load(x + s) : splat(-kInf));
-            }
-        }
-        const vfloat most = maximum(maximum(load(x), load(x + W)), maximum(load(x + 2 * W), load(x + 3 * W)));
-        const float before = top, largest = max_lanes(most);
-        top = largest > before ? largest : before;
-        const float base = top == -kInf ? 0.0f : top;
-        vfloat total{};
+    // Scores of heads [first, last) to weights; what the online softmax carries goes along.
+    template <bool MASKED>
+    SATEEN_APART void soften(long count, long begin, long first, long last) const {
+        vint lane;
+        for (int j = 0; j < W; ++j) lane[j] = j;
+        const vint end = splat_int(int(begin + count));
+        const auto each = [&](auto work) SATEEN_LAMBDA {
+            for (long head = first; head < last; ++head)
+                for (long i = 0; i < rows; ++i) work(head * rows + i, head * soft_stride + i, i, head);
+        };
+        each([&](long row, long at_soft, long i, long) SATEEN_LAMBDA {
+            float* const x = scores + row * kBf16Block;
+            vfloat most = splat(-kInf);
 #pragma GCC unroll 4
-        for (long s = 0; s < kBf16Block; s += W) {
-            const vfloat weight = exp2_fast(load(x + s) - base);
-            total += weight;
-            const auto rounded = _mm512_maskz_cvtneps_pbh(0xffff, (__m512)weight);
-            __builtin_memcpy(weights + (head * rows + i) * kBf16Block + s, &rounded, sizeof rounded);
-        }
-        const float shrink = largest > before ? exp2_fast(splat(before - base))[0] : 1.0f;
-        sum = sum * shrink + sum_lanes(total);
-        if (shrink != 1.0f)
-            for (long c = 0; c < V; c += W) store(to + c, load(to + c) * shrink);
+            for (long s = 0; s < kBf16Block; s += W) {
+                vfloat y = load(x + s);
+                if constexpr (MASKED) {
+                    const vint at = lane + splat_int(int(begin + s));
+                    y = (at <= splat_int(tile.newest[i])) & (at >= splat_int(tile.oldest[i])) & (at < end) ? y : splat(-kInf);
+                    store(x + s, y);
+                }
+                most = maximum(y, most);
+            }
+            soft.most[at_soft] = most;
+        });
+        soft.raise(first * soft_stride, last * soft_stride);
+        each([&](long row, long at_soft, long i, long head) SATEEN_LAMBDA {
+            const float* const x = scores + row * kBf16Block;
+            const vfloat from = splat(soft.base[at_soft]);
+            vfloat total{};
+#pragma GCC unroll 4
+            for (long s = 0; s < kBf16Block; s += W) {
+                const vfloat weight = exp2_fast(load(x + s) - from);
+                total += weight;
+                const auto rounded = _mm512_maskz_cvtneps_pbh(0xffff, (__m512)weight);
+                __builtin_memcpy(weights + row * kBf16Block + s, &rounded, sizeof rounded);
+            }
+            soft.total[at_soft] = total;
+            const float shrink = soft.shrink[at_soft];
+            float* const to = out + head * out_stride + i * V;
+            if (shrink != 1.0f)
+                for (long c = 0; c < V; c += W) store(to + c, load(to + c) * shrink);
+        });
+        soft.add(first * soft_stride, last * soft_stride);
     }
 
-    // Folds at most 64 keys, the first at place `begin`, into the states of heads [first, last), few rows a
-    // few keys of all heads at a time. `later_keys(s)` is what is asked for while keys from number s on are read.
-    template <int ROWS, typename StateOf, typename LaterKeys, typename LaterValues>
-    SATEEN_INLINE void fold(const Bf16Keys& keys, long begin, long first, long last, StateOf state_of, LaterKeys later_keys,
-                            LaterValues later_values) const {
+    // Folds at most 64 keys, the first at place `begin`, into heads [first, last), few rows a few keys of all heads at a
+    // time. `later_keys(s)` is what is asked for while keys from number s on are read.
+    template <int ROWS, typename LaterKeys, typename LaterValues>
+    SATEEN_INLINE void fold(const Bf16Keys& keys, long begin, long first, long last, LaterKeys later_keys, LaterValues later_values) const {
         const long count = keys.count;
         constexpr int STEP = ROWS ? kStep : 0;
         long s = 0;
@@ -260,10 +277,8 @@ struct Bf16Fold {
         if (s < count) dots<ROWS, 0>(keys, s, count, first, last, later_keys(s));
         bool is_masked = count < kBf16Block;
         for (long i = 0; i < rows; ++i) is_masked |= tile.oldest[i] > begin || tile.newest[i] < begin + count - 1;
-        for (long head = first; head < last; ++head) {
-            const auto state = state_of(head);
-            for (long i = 0; i < rows; ++i) soften(count, begin, is_masked, head, i, state.top[i], state.sum[i]);
-        }
+        if (is_masked) soften<true>(count, begin, first, last);
+        else soften<false>(count, begin, first, last);
         for (s = 0; ROWS && s + kStep <= count; s += kStep) {
             if (ROWS == 1) touch(keys.v + s * keys.v_stride, kStep * keys.v_stride * sizeof(bits16));
             values<ROWS, STEP>(keys, s, s + kStep, first, last, later_values(s));

@@ -24,6 +24,35 @@ struct SpanState {
     }
 };
 
+// What the online softmax of some rows carries, the numbers of W rows in a vector, and of their present block what they
+// need to be raised.
+struct SoftRows {
+    vfloat *most, *total;              // by lanes: maxima of the block's scores, sums of its weights
+    float *top, *sum, *base, *shrink;  // base: top, or 0 without a key; shrink: what the blocks before count now
+
+    static long size(long rows) { return round_up(rows, W) * (2 * W + 4); }
+
+    SoftRows(long rows, float* at) {
+        const long all = round_up(rows, W);
+        most = reinterpret_cast<vfloat*>(at), total = most + all;
+        top = at + 2 * W * all, sum = top + all, base = sum + all, shrink = base + all;
+        for (long i = 0; i < all; ++i) top[i] = -kInf, sum[i] = 0.0f, most[i] = total[i] = vfloat{};
+    }
+
+    // Rows [first, last) once `most` is there, and once `total` is.
+    void raise(long first, long last) const {
+        for (long i = first; i < last; i += W) {
+            const vfloat before = load(top + i), now = maximum(max_each(most + i), before);
+            const vfloat from = now == splat(-kInf) ? vfloat{} : now;
+            store(top + i, now), store(base + i, from), store(shrink + i, exp2_fast(before - from));
+        }
+    }
+
+    void add(long first, long last) const {
+        for (long i = first; i < last; i += W) store(sum + i, load(sum + i) * load(shrink + i) + sum_each(total + i));
+    }
+};
+
 inline long cache_row(const DecodeStep& p, const DecodeLayer& l, long b, long position) {
     const long ring = l.cache.ring_rows;
     if (ring) return p.slot[b] * ring + position % ring;

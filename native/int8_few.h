@@ -15,32 +15,30 @@ struct CodeFold {
     static constexpr int kQuads = kStep / 4;
 
     const Tile& tile;
-    long K, H, V, all;             // rows of all heads, in whole vectors
+    long K, H, V;
     float* scales;                 // [2, K, 64] of keys and values
     float* x;                      // [K, ROWS, 64] products, then scores, then shares
     int* sums;                     // [K, ROWS, V]
     code* spread;                  // [K, ROWS, 4 H]
     byte* codes;                   // [K, ROWS, 64]
-    vfloat *most, *total;          // [all] maxima and sums of each row, by lanes
-    // [all], of each row: from RowStates; what the online softmax carries; of a block. `size` is that of a code of P.
-    float *step, *top, *sum, *base, *shrink, *size, *per_size;
-    int* start;
+    SoftRows soft;                 // of all heads
+    float *step, *size, *per_size; // [K, ROWS] in whole vectors: that of RowStates; that of a code of P; its inverse
+    int* start;                    // that of RowStates
 
     static long memory(long K, long H, long V) {
-        return K * 2 * kStripe + K * ROWS * (kStripe + V + H + kStripe / 4) + whole(K * ROWS, W) * (2 * W + 8);
+        const long rows = K * ROWS;
+        return SoftRows::size(rows) + K * 2 * kStripe + rows * (kStripe + V + H + kStripe / 4) + round_up(rows, W) * 4;
     }
 
     CodeFold(const Tile& tile, long K, long H, long V, float* at)
-        : tile(tile), K(K), H(H), V(V), all(whole(K * ROWS, W)), scales(at) {
-        const long rows = K * ROWS;
-        x = scales + 2 * K * kStripe;
+        : tile(tile), K(K), H(H), V(V), soft(K * ROWS, at) {
+        const long rows = K * ROWS, all = round_up(rows, W);
+        scales = at + SoftRows::size(rows), x = scales + 2 * K * kStripe;
         sums = reinterpret_cast<int*>(x + rows * kStripe);
         spread = reinterpret_cast<code*>(sums + rows * V);
         codes = reinterpret_cast<byte*>(spread + rows * 4 * H);
-        most = reinterpret_cast<vfloat*>(codes + rows * kStripe), total = most + all;
-        step = reinterpret_cast<float*>(total + all), top = step + all, sum = top + all, base = sum + all;
-        shrink = base + all, size = shrink + all, per_size = size + all, start = reinterpret_cast<int*>(per_size + all);
-        for (long i = 0; i < all; ++i) top[i] = -kInf, sum[i] = 0.0f, most[i] = total[i] = vfloat{};
+        step = reinterpret_cast<float*>(codes + rows * kStripe), size = step + all, per_size = size + all;
+        start = reinterpret_cast<int*>(per_size + all);
     }
 
     // Takes over what `states_of(head)` begins with.
@@ -59,7 +57,7 @@ struct CodeFold {
     void end(StatesOf states_of) const {
         for (long i = 0; i < K * ROWS; ++i) {
             const RowStates s = states_of(i / ROWS);
-            s.top[i % ROWS] = top[i], s.sum[i % ROWS] = sum[i];
+            s.top[i % ROWS] = soft.top[i], s.sum[i % ROWS] = soft.sum[i];
         }
     }
 
@@ -128,7 +126,7 @@ struct CodeFold {
         }
     }
 
-    // Products to P's codes; what the online softmax carries goes along, the numbers of 16 rows in a vector.
+    // Products to P's codes; what the online softmax carries goes along.
     template <bool MASKED>
     SATEEN_APART void soften(long first) const {
         vint lane;
@@ -151,17 +149,13 @@ struct CodeFold {
                 store(at + j, y);
                 found = maximum(y, found);
             }
-            most[i] = found;
+            soft.most[i] = found;
         }
-        for (long i = 0; i < rows; i += W) {
-            const vfloat before = load(top + i), found = max_each(most + i);
-            const vfloat now = maximum(found, before), from = now == splat(-kInf) ? vfloat{} : now;
-            store(top + i, now), store(base + i, from), store(shrink + i, exp2_fast(before - from));
-        }
+        soft.raise(0, rows);
         for (long i = 0; i < rows; ++i) {
             float* const at = x + i * kStripe;
             const float* const scale = scales + (K + i / ROWS) * kStripe;
-            const vfloat from = splat(base[i]);
+            const vfloat from = splat(soft.base[i]);
             vfloat add{}, largest{};
 #pragma GCC unroll 4
             for (long j = 0; j < kStripe; j += W) {
@@ -171,11 +165,11 @@ struct CodeFold {
                 store(at + j, share);
                 largest = maximum(share, largest);
             }
-            total[i] = add, most[i] = largest;
+            soft.total[i] = add, soft.most[i] = largest;
         }
+        soft.add(0, rows);
         for (long i = 0; i < rows; i += W) {
-            const vfloat unit = max_each(most + i) / 255.0f;
-            store(sum + i, load(sum + i) * load(shrink + i) + sum_each(total + i));
+            const vfloat unit = max_each(soft.most + i) / 255.0f;
             store(size + i, unit), store(per_size + i, unit > 0.0f ? 1.0f / unit : vfloat{});
         }
         for (long i = 0; i < rows; ++i) {
@@ -214,7 +208,7 @@ struct CodeFold {
                 for (long c = 0; c < V; c += kVector) {
                     __m512i sum[4];
                     for (int j = 0; j < 4; ++j) sum[j] = _mm512_loadu_si512(sums + i * V + c + j * W);
-                    add_in_order(sum, shrink[i], size[i], s.out + r * s.columns + c);
+                    add_in_order(sum, soft.shrink[i], size[i], s.out + r * s.columns + c);
                 }
             }
         }
