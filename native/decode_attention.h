@@ -114,21 +114,18 @@ template <int ROWS>
 void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
     const long b = task.sequence, rows = task.rows, K = l.K, H = l.H, V = l.V;
     const Tile tile = tile_of(p, l, task);
-    const long numbers = K * rows * H + kBf16Block * K * (H + V), soft_stride = ROWS ? rows : round_up(rows, W);
-    const long soft_size = SoftRows::size(K * soft_stride);
-    float* const scratch = attention_scratch.take(soft_size + Bf16Fold::size(K, rows) + divide_up(numbers, 2));
-    float* const memory = scratch + soft_size;
-    bits16 *const weights = reinterpret_cast<bits16*>(memory + K * rows * kBf16Block), *const query = weights + K * rows * kBf16Block;
+    const long soft_stride = ROWS ? rows : round_up(rows, W), soft_size = SoftRows::size(K * soft_stride);
+    const long numbers = K * (rows * (H + kBf16Block) + kBf16Block * (H + V));
+    // Sums are kept apart from those of other threads until they are whole, and at cache lines.
+    float* const memory = attention_scratch.take(soft_size + K * rows * (V + kBf16Block) + divide_up(numbers, 2));
+    float *const out = memory + soft_size, *const scores = out + K * rows * V;
+    bits16 *const weights = reinterpret_cast<bits16*>(scores + K * rows * kBf16Block), *const query = weights + K * rows * kBf16Block;
     bits16 *const new_k = query + K * rows * H, *const new_v = new_k + kBf16Block * K * H;
-    const auto state_of = [&](long head) { return SpanState(p, l, task, head); };
-    const SoftRows soft(K * soft_stride, scratch);
-    const Bf16Fold fold{tile,    H, V, rows, query, memory, weights, state_of(0).out, state_of(1).out - state_of(0).out, soft,
-                        soft_stride};
-    for (long head = 0; head < K; ++head) {
-        const SpanState state = state_of(head);
+    const SoftRows soft(K * soft_stride, memory);
+    const Bf16Fold fold{tile, H, V, rows, query, scores, weights, out, soft, soft_stride};
+    for (long head = 0; head < K; ++head)
         for (long i = 0; i < rows; ++i) narrow(Format::bf16, query_of(p, l, task, head, i), H, query + (head * rows + i) * H);
-        for (long i = 0; i < rows * V; ++i) state.out[i] = 0.0f;
-    }
+    for (long i = 0; i < K * rows * V; i += W) store(out + i, vfloat{});
     Run run(p, l, b, task.from, task.to, kBf16Block);
     for (long begin = task.from; begin < task.to;) {
         const Run next(p, l, b, run.end, task.to, kBf16Block);
@@ -158,9 +155,9 @@ void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task
         run = next;
     }
     for (long head = 0; head < K; ++head) {
-        const SpanState state = state_of(head);
+        const SpanState state(p, l, task, head);
         for (long i = 0; i < rows; ++i) state.top[i] = soft.top[head * soft_stride + i], state.sum[i] = soft.sum[head * soft_stride + i];
-        in_order(state.out, rows * V);
+        in_order(out + head * rows * V, rows * V, state.out);
     }
 }
 #endif

@@ -76,11 +76,11 @@ struct KeyPair {
 };
 
 // Rows of sums from the order of KeyPair to that of memory.
-inline void in_order(float* x, long count) {
+inline void in_order(const float* x, long count, float* to) {
     for (long c = 0; c < count; c += kPairs) {
         const vfloat low = load(x + c), high = load(x + c + W);
-        store(x + c, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-        store(x + c + W, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+        store(to + c, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+        store(to + c + W, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
     }
 }
 
@@ -144,11 +144,8 @@ struct Bf16Fold {
     float* scores;        // [heads, rows, 64]
     bits16* weights;      // [heads, rows, 64]
     float* out;           // [heads, rows, V], in the order of KeyPair
-    long out_stride;      // from head to head
     SoftRows soft;
     long soft_stride;     // from head to head: rows, in whole vectors where heads are folded one by one
-
-    static long size(long heads, long rows) { return heads * rows * kBf16Block * 3 / 2; }
 
     // work(integral_constant of some rows, first of them) for all rows; ROWS is their number, or 0.
     template <int ROWS, typename Work>
@@ -191,8 +188,8 @@ struct Bf16Fold {
     SATEEN_APART void values(const Bf16Keys& keys, long begin, long end, long first, long last, LaterRows later) const {
         const long channels = CHANNELS ? CHANNELS : V, stride = keys.v_stride;
         const bits16 *v = keys.v + first * channels, *share = weights + first * rows * kBf16Block;
-        float* to = out + first * out_stride;
-        for (long head = first; head < last; ++head, v += channels, share += rows * kBf16Block, to += out_stride) {
+        float* to = out + first * rows * channels;
+        for (long head = first; head < last; ++head, v += channels, share += rows * kBf16Block, to += rows * channels) {
 #pragma GCC unroll 8
             for (long i = 0; i < STEP * channels * long(sizeof(bits16)); i += 256) later.ask();
             each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
@@ -225,9 +222,9 @@ struct Bf16Fold {
         const vint end = splat_int(int(begin + count));
         const auto each = [&](auto work) SATEEN_LAMBDA {
             for (long head = first; head < last; ++head)
-                for (long i = 0; i < rows; ++i) work(head * rows + i, head * soft_stride + i, i, head);
+                for (long i = 0; i < rows; ++i) work(head * rows + i, head * soft_stride + i, i);
         };
-        each([&](long row, long at_soft, long i, long) SATEEN_LAMBDA {
+        each([&](long row, long at_soft, long i) SATEEN_LAMBDA {
             float* const x = scores + row * kBf16Block;
             vfloat most = splat(-kInf);
 #pragma GCC unroll 4
@@ -243,7 +240,7 @@ struct Bf16Fold {
             soft.most[at_soft] = most;
         });
         soft.raise(first * soft_stride, last * soft_stride);
-        each([&](long row, long at_soft, long i, long head) SATEEN_LAMBDA {
+        each([&](long row, long at_soft, long) SATEEN_LAMBDA {
             const float* const x = scores + row * kBf16Block;
             const vfloat from = splat(soft.base[at_soft]);
             vfloat total{};
@@ -256,7 +253,7 @@ struct Bf16Fold {
             }
             soft.total[at_soft] = total;
             const float shrink = soft.shrink[at_soft];
-            float* const to = out + head * out_stride + i * V;
+            float* const to = out + row * V;
             if (shrink != 1.0f)
                 for (long c = 0; c < V; c += W) store(to + c, load(to + c) * shrink);
         });
