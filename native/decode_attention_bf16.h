@@ -26,15 +26,17 @@ struct Bf16Keys {
 
 SATEEN_INLINE __m512bh load_pairs(const bits16* p) { return load_all<__m512bh>(p); }
 
-// Scores of four keys and ROWS queries; those of query i go to to + i * to_stride. CHANNELS is H, or 0.
-template <int ROWS, int CHANNELS>
-SATEEN_INLINE void dot_quad(const bits16* const (&key)[kQuad], long H, const bits16* q, float* to, long to_stride) {
+// Scores of four keys and ROWS queries; those of query i go to to + i * to_stride. CHANNELS is H, or 0; ask() comes with
+// every 256 bytes.
+template <int ROWS, int CHANNELS, typename Ask>
+SATEEN_INLINE void dot_quad(const bits16* const (&key)[kQuad], long H, const bits16* q, float* to, long to_stride, Ask ask) {
     vfloat dot[ROWS][kQuad];
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < kQuad; ++j) dot[i][j] = vfloat{};
     const auto step = [&](long h) SATEEN_LAMBDA {
+        ask();
         __m512bh row[kQuad];
 #pragma GCC unroll 4
         for (int j = 0; j < kQuad; ++j) row[j] = load_pairs(key[j] + h);
@@ -98,15 +100,18 @@ SATEEN_INLINE void quad_of(const bits16* first, long stride, long s, long count,
     work(key);
 }
 
-// out[row] += weights[row] times the values of KEYS keys, or of those up to `last`, for VECTORS * 32 channels.
-template <int ROWS, int VECTORS, int KEYS>
-SATEEN_INLINE void add_values(const bits16* v, long stride, long first, long last, const bits16* weights, long V, float* out) {
+// out[row] += weights[row] times the values of KEYS keys, or of those up to `last`, for VECTORS * 32 channels; ask() comes
+// with every 256 bytes.
+template <int ROWS, int VECTORS, int KEYS, typename Ask>
+SATEEN_INLINE void add_values(const bits16* v, long stride, long first, long last, const bits16* weights, long V, float* out, Ask ask) {
     vfloat sum[ROWS][2 * VECTORS];
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < 2 * VECTORS; ++j) sum[i][j] = load(out + i * V + j * W);
     const auto add = [&](long s) SATEEN_LAMBDA {
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; ++j) ask();
         quad_of<KEYS != 0>(v, stride, s, last, [&](const bits16* const (&key)[kQuad]) SATEEN_LAMBDA {
 #pragma GCC unroll 2
             for (int k = 0; k < kQuad; k += 2)
@@ -164,13 +169,14 @@ struct Bf16Fold {
         const bits16 *k = keys.k + first * H, *q = query + first * rows * H;
         float* x = scores + first * rows * kBf16Block;
         const long channels = CHANNELS ? CHANNELS : H, stride = keys.k_stride;
+        const auto ask = [&]() SATEEN_LAMBDA {
+            if constexpr (STEP > 0) later.ask();
+        };
         for (long head = first; head < last; ++head, k += channels, q += rows * channels, x += rows * kBf16Block) {
             const auto quad = [&](long s) SATEEN_LAMBDA {
-#pragma GCC unroll 4
-                for (long i = 0; STEP && i < kQuad * channels * long(sizeof(bits16)); i += 256) later.ask();
                 quad_of<STEP != 0>(k, stride, s, end, [&](const bits16* const (&key)[kQuad]) SATEEN_LAMBDA {
                     each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
-                        dot_quad<some.value, CHANNELS>(key, channels, q + i * channels, x + i * kBf16Block + s, kBf16Block);
+                        dot_quad<some.value, CHANNELS>(key, channels, q + i * channels, x + i * kBf16Block + s, kBf16Block, ask);
                     });
                 });
             };
@@ -189,15 +195,16 @@ struct Bf16Fold {
         const long channels = CHANNELS ? CHANNELS : V, stride = keys.v_stride;
         const bits16 *v = keys.v + first * channels, *share = weights + first * rows * kBf16Block;
         float* to = out + first * rows * channels;
+        const auto ask = [&]() SATEEN_LAMBDA {
+            if constexpr (STEP > 0) later.ask();
+        };
         for (long head = first; head < last; ++head, v += channels, share += rows * kBf16Block, to += rows * channels) {
-#pragma GCC unroll 8
-            for (long i = 0; i < STEP * channels * long(sizeof(bits16)); i += 256) later.ask();
             each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
                 long c = 0;
                 for (; c + 2 * kPairs <= channels; c += 2 * kPairs)
-                    add_values<some.value, 2, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c);
+                    add_values<some.value, 2, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c, ask);
                 if (c < channels)
-                    add_values<some.value, 1, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c);
+                    add_values<some.value, 1, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c, ask);
             });
         }
     }

@@ -73,15 +73,18 @@ struct CodeFold {
 #pragma GCC unroll 4
                 for (int g = 0; g < kQuads; ++g) sum[r][g] = _mm512_setzero_si512();
             for (long c = 0; c < H; c += kVector)
-#pragma GCC unroll 4
-                for (int g = 0; g < kQuads; ++g) {
-                    later.ask();
-                    const KeyQuad keys(k + 4 * g * stride + c, stride);
+#pragma GCC unroll 2
+                for (int g = 0; g < kQuads; g += 2) {
+                    later.ask(), later.ask();
+                    const KeyQuad some(k + 4 * g * stride + c, stride), others(k + 4 * (g + 1) * stride + c, stride);
 #pragma GCC unroll 8
                     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-                        for (int j = 0; j < 4; ++j)
-                            sum[r][g] = _mm512_dpbusd_epi32(sum[r][g], keys.four[j], load_codes(q + r * 4 * H + c * 4 + j * kVector));
+                        for (int j = 0; j < 4; ++j) {
+                            const __m512i x = load_codes(q + r * 4 * H + c * 4 + j * kVector);
+                            sum[r][g] = _mm512_dpbusd_epi32(sum[r][g], some.four[j], x);
+                            sum[r][g + 1] = _mm512_dpbusd_epi32(sum[r][g + 1], others.four[j], x);
+                        }
                 }
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {

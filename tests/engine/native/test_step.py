@@ -629,6 +629,16 @@ def test_few_query_rows_of_whole_vectors(name, dtype):
             assert_near(got, want, TOLERANCE[dtype])
 
 
+def test_queries_of_zeros():
+    """All keys that a row sees count alike, those behind it do not."""
+    pair = int8_pair("one head per row", "int8", num_hidden_layers=1, head_dim=64)
+    with torch.no_grad():
+        pair.truth.model.layers[0].self_attn.q_proj.weight.zero_()
+    for counts in ([70, 3, 0, 0, 0], [2, 1, 0, 0, 0]):
+        want, got = pair.step(counts)
+        assert_tokens_near(got, want)
+
+
 def test_parts_of_the_keys_join():
     """Several threads share a long sequence; blocks stay, so only floats add up in another order."""
     model = build("mistral, long window", num_hidden_layers=1)
