@@ -156,7 +156,10 @@ void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task
     }
     for (long head = 0; head < K; ++head) {
         const SpanState state(p, l, task, head);
-        for (long i = 0; i < rows; ++i) state.top[i] = soft.top[head * soft_stride + i], state.sum[i] = soft.sum[head * soft_stride + i];
+        for (long i = 0; i < rows; ++i) {
+            const long at = head * soft_stride + i;
+            state.top[i] = soft.top[at], state.sum[i] = soft.sum[at];
+        }
         in_order(out + head * rows * V, rows * V, state.out);
     }
 }

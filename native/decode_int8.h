@@ -134,7 +134,7 @@ struct CodeBlocks {
 
 thread_local Scratch code_scratch;
 
-// A decode step's part of one sequence's keys, in blocks, as it meets codes.
+// A task over codes: its queries as codes, what its softmax carries, and its keys in blocks.
 struct CodeSpan {
     const DecodeStep& p;
     const DecodeLayer& l;
@@ -143,15 +143,15 @@ struct CodeSpan {
     float* states;  // of every head
     CodeBlocks blocks;
 
-    // `used` rows are for the task's, `memory` has size() numbers.
     static long size(const DecodeLayer& l) { return l.K * RowStates::size(l.H, l.V) + CodeBlocks::size(l); }
 
-    CodeSpan(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task, long used, float* memory)
+    // States of `rows` rows per head begin, of which the task has some; `memory` has size() numbers.
+    CodeSpan(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task, long rows, float* memory)
         : p(p), l(l), task(task), states(memory), blocks(p, l, task.sequence, memory + l.K * RowStates::size(l.H, l.V)) {
         // Queries come times scale * log2(e).
         for (long head = 0; head < l.K; ++head)
             states_of(head).begin([&](long i) { return query_of(p, l, task, head, i); }, task.rows, l.H, kLn2,
-                                  mean_of(p, l, task.sequence) + head * l.H, used);
+                                  mean_of(p, l, task.sequence) + head * l.H, rows);
     }
 
     RowStates states_of(long head) const { return RowStates(states + head * RowStates::size(l.H, l.V), l.H, l.V); }
@@ -187,12 +187,18 @@ void attend_few_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTask&
     const auto states_of = [&](long head) { return span.states_of(head); };
     fold.begin(states_of);
     span.each([&](const RowRun& run, long begin) {
-        for (long block = begin + 2 * kCodeBlock; block > begin; block -= kCodeBlock)
-            for (const float* scales : {l.cache.scales.k, l.cache.scales.v})
-                if (block < task.to)
-                    fetch(reinterpret_cast<const char*>(scales + cache_row(p, l, task.sequence, block) * l.K), kCodeBlock * l.K * sizeof(float));
+        // Scales are asked for twice too, a block at a time.
+        for (long block = begin + 2 * kCodeBlock; block > begin; block -= kCodeBlock) {
+            if (block >= task.to) continue;
+            const long at = cache_row(p, l, task.sequence, block) * l.K, bytes = kCodeBlock * l.K * sizeof(float);
+            fetch(reinterpret_cast<const char*>(l.cache.scales.k + at), bytes);
+            fetch(reinterpret_cast<const char*>(l.cache.scales.v + at), bytes);
+        }
         const auto later = [&](const void* rows, long channels, const code* here) {
-            return [=, &p, &l, &task](long s) { return LaterRows(p, l, task, rows, l.K * channels, begin + s, here + s * l.K * channels); };
+            return [=, &p, &l, &task](long s) {
+                const long row = l.K * channels;
+                return LaterRows(p, l, task, rows, row, begin + s, here + s * row);
+            };
         };
         fold.fold(run, begin, states_of, later(l.cache.k, l.H, run.k), later(l.cache.v, l.V, run.v));
     });
