@@ -77,11 +77,12 @@ def cached_step(model: Decoder, context: int, dtype: torch.dtype) -> Callable[[]
 def attention_model(N: int, K: int, H: int, context: int) -> Decoder:
     """A model of so many layers that their bfloat16 rows fill READ_BYTES, with matrices far smaller.
 
-    Its step is attention over rows that no cache of the processor holds; what Python does is a small part.
+    Its step is attention over rows that no cache of the processor holds; what Python does is a small part,
+    and so are products with matrices of one vector of bfloat16 per row.
     """
     config = ModelConfig.from_hf(
         {
-            "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16,
+            "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
             "num_hidden_layers": -(-READ_BYTES // (context * K * 4 * H)), "num_attention_heads": N,
             "num_key_value_heads": K, "head_dim": H, "max_position_embeddings": 1 << 17, "rms_norm_eps": 1e-5,
             "rope_theta": 1e5, "hidden_act": "silu", "tie_word_embeddings": True,

@@ -9,7 +9,8 @@ model's own attention gets when it reads Python's documentation, causal. The FP8
 torch: what is cast rounds as FP8 does, sums are float32. The speed parts are `_int8_prefill.py` and
 `_int8_speed.py`; the kernels' tests run before them. All prompts take about 25 minutes on an idle core,
 those of 16,384 tokens most of it: rounds are kept, and a run that was ended goes on when it is started
-again. With `--only` the other parts of the result file stay as they are, and so do other prompts' rows.
+again. With `--only` the other parts of the result file stay as they are, and so do rows of other
+prompts and contexts.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ def main() -> int:
     for part in options.only:
         found = measure(part, options, rounds)
         for name, rows in found.items():
-            document[name] = merged(document.get(name, []), rows) if part == "prefill" else rows
+            document[name] = merged(document.get(name, []), rows) if name in ("prefill", "decode") else rows
         document.setdefault("parts", {})[part] = measured
     publish(document, out)
     return 0
@@ -277,10 +278,10 @@ def measure(part: str, options: argparse.Namespace, rounds: _int8_prefill.Rounds
 
 
 def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The new rows, and the old ones of comparisons that are not among them, by channels and tokens."""
+    """The new rows, and the old ones of other comparisons; by channels, then by tokens or heads."""
 
-    def key(one: dict[str, Any]) -> tuple[str, str]:
-        return one["what"], one["ours"]["name"]
+    def key(one: dict[str, Any]) -> tuple[str, str, str]:
+        return one["what"], one["ours"]["name"], one["peer"]["name"]
 
     rows = {key(one): one for one in old} | {key(one): one for one in new}
     return sorted(

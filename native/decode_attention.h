@@ -114,20 +114,18 @@ template <int ROWS>
 void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
     const long b = task.sequence, rows = task.rows, K = l.K, H = l.H, V = l.V;
     const Tile tile = tile_of(p, l, task);
-    const long numbers = K * rows * H + kBf16Block * K * (H + V);
-    float* const memory = attention_scratch.take(Bf16Fold::size(K, rows) + divide_up(numbers, 2));
-    bits16 *const weights = reinterpret_cast<bits16*>(memory + K * rows * kBf16Block), *const query = weights + K * rows * kBf16Block;
+    const long soft_stride = ROWS ? rows : round_up(rows, W), soft_size = SoftRows::size(K * soft_stride);
+    const long numbers = K * (rows * (H + kBf16Block) + kBf16Block * (H + V));
+    // Sums are kept apart from those of other threads until they are whole, and at cache lines.
+    float* const memory = attention_scratch.take(soft_size + K * rows * (V + kBf16Block) + divide_up(numbers, 2));
+    float *const out = memory + soft_size, *const scores = out + K * rows * V;
+    bits16 *const weights = reinterpret_cast<bits16*>(scores + K * rows * kBf16Block), *const query = weights + K * rows * kBf16Block;
     bits16 *const new_k = query + K * rows * H, *const new_v = new_k + kBf16Block * K * H;
-    const auto state_of = [&](long head) { return SpanState(p, l, task, head); };
-    const Bf16Fold fold{tile, H, V, rows, query, memory, weights, state_of(0).out, state_of(1).out - state_of(0).out};
-    for (long head = 0; head < K; ++head) {
-        const SpanState state = state_of(head);
-        for (long i = 0; i < rows; ++i) {
-            narrow(Format::bf16, query_of(p, l, task, head, i), H, query + (head * rows + i) * H);
-            state.top[i] = -kInf, state.sum[i] = 0.0f;
-        }
-        for (long i = 0; i < rows * V; ++i) state.out[i] = 0.0f;
-    }
+    const SoftRows soft(K * soft_stride, memory);
+    const Bf16Fold fold{tile, H, V, rows, query, scores, weights, out, soft, soft_stride};
+    for (long head = 0; head < K; ++head)
+        for (long i = 0; i < rows; ++i) narrow(Format::bf16, query_of(p, l, task, head, i), H, query + (head * rows + i) * H);
+    for (long i = 0; i < K * rows * V; i += W) store(out + i, vfloat{});
     Run run(p, l, b, task.from, task.to, kBf16Block);
     for (long begin = task.from; begin < task.to;) {
         const Run next(p, l, b, run.end, task.to, kBf16Block);
@@ -138,34 +136,32 @@ void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task
             narrow(Format::bf16, static_cast<const float*>(run.v), count * K * V, new_v);
             keys.k = new_k, keys.v = new_v;
         }
-        if (ROWS > 0) {
-            // Steps over the keys, over the values, and over the next run's follow one another.
-            const long steps = divide_up(count, kStep), next_steps = divide_up(next_count, kStep);
-            const long k_bytes = K * H * sizeof(bits16), v_bytes = K * V * sizeof(bits16);
-            const auto at = [&](long step) -> const char* {
-                if (step < steps) return reinterpret_cast<const char*>(keys.k) + step * kStep * k_bytes;
-                step -= steps;
-                if (step < steps) return reinterpret_cast<const char*>(keys.v) + step * kStep * v_bytes;
-                step -= steps;
-                if (step < next_steps) return static_cast<const char*>(next.k) + step * kStep * k_bytes;
-                step -= next_steps;
-                return step < next_steps ? static_cast<const char*>(next.v) + step * kStep * v_bytes : nullptr;
+        const auto later = [&](const void* rows, long channels, const bits16* here) {
+            return [=, &p, &l, &task](long s) {
+                const long row = K * channels;
+                return LaterRows(p, l, task, rows, row * sizeof(bits16), begin + s, here + s * row);
             };
-            const long later = divide_up(2 * kLaterBytes, kStep * k_bytes);
-            const auto ahead = [&](long step) {
-                return RowsAhead{nullptr, at(step + later)};
-            };
-            fold.template fold<ROWS>(keys, begin, 0, K, state_of, ahead);
-        } else
+        };
+        const auto later_keys = later(l.cache.k, H, keys.k);
+        const auto later_values = later(l.cache.v, V, keys.v);
+        if (ROWS > 0) fold.template fold<ROWS>(keys, begin, 0, K, later_keys, later_values);
+        else
             for (long head = 0; head < K; ++head) {
                 prefetch(next.k, next_count * K * H * sizeof(bits16), head, K);
                 prefetch(next.v, next_count * K * V * sizeof(bits16), head, K);
-                fold.template fold<ROWS>(keys, begin, head, head + 1, state_of, [](long) { return RowsAhead{}; });
+                fold.template fold<ROWS>(keys, begin, head, head + 1, later_keys, later_values);
             }
         begin = run.end;
         run = next;
     }
-    for (long head = 0; head < K; ++head) in_order(state_of(head).out, rows * V);
+    for (long head = 0; head < K; ++head) {
+        const SpanState state(p, l, task, head);
+        for (long i = 0; i < rows; ++i) {
+            const long at = head * soft_stride + i;
+            state.top[i] = soft.top[at], state.sum[i] = soft.sum[at];
+        }
+        in_order(out + head * rows * V, rows * V, state.out);
+    }
 }
 #endif
 

@@ -2,7 +2,7 @@
 // lie, queries and the weights of the softmax are rounded to bfloat16, sums are float32.
 //
 // With few query rows the time is that of reading the cache, and memory is fastest in the order of its addresses. So a
-// block's keys of all heads come before its values, four tokens at a time, and every product asks for what comes later.
+// block's keys of all heads come before its values, eight tokens at a time, and what comes later is asked for on the way.
 #pragma once
 
 #include "decode_rows.h"
@@ -13,7 +13,7 @@ namespace {
 #ifdef __AVX512BF16__
 constexpr long kPairs = 32;      // channels of one vector
 constexpr long kQuad = 4;        // keys whose dot products share a vector
-constexpr long kStep = 4;        // tokens whose heads are read one after another
+constexpr long kStep = 8;        // tokens whose heads are read one after another
 constexpr long kBf16Block = 64;  // keys of one step of the online softmax
 
 inline bool fits_bf16(const DecodeLayer& l) { return l.cache.format == Format::bf16 && l.H % kPairs == 0 && l.V % kPairs == 0; }
@@ -26,15 +26,17 @@ struct Bf16Keys {
 
 SATEEN_INLINE __m512bh load_pairs(const bits16* p) { return load_all<__m512bh>(p); }
 
-// Scores of four keys and ROWS queries; those of query i go to to + i * to_stride. CHANNELS is H, or 0.
-template <int ROWS, int CHANNELS>
-SATEEN_INLINE void dot_quad(const bits16* const (&key)[kQuad], long H, const bits16* q, float* to, long to_stride) {
+// Scores of four keys and ROWS queries; those of query i go to to + i * to_stride. CHANNELS is H, or 0; ask() comes with
+// every 256 bytes.
+template <int ROWS, int CHANNELS, typename Ask>
+SATEEN_INLINE void dot_quad(const bits16* const (&key)[kQuad], long H, const bits16* q, float* to, long to_stride, Ask ask) {
     vfloat dot[ROWS][kQuad];
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < kQuad; ++j) dot[i][j] = vfloat{};
     const auto step = [&](long h) SATEEN_LAMBDA {
+        ask();
         __m512bh row[kQuad];
 #pragma GCC unroll 4
         for (int j = 0; j < kQuad; ++j) row[j] = load_pairs(key[j] + h);
@@ -76,11 +78,11 @@ struct KeyPair {
 };
 
 // Rows of sums from the order of KeyPair to that of memory.
-inline void in_order(float* x, long count) {
+inline void in_order(const float* x, long count, float* to) {
     for (long c = 0; c < count; c += kPairs) {
         const vfloat low = load(x + c), high = load(x + c + W);
-        store(x + c, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-        store(x + c + W, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+        store(to + c, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+        store(to + c + W, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
     }
 }
 
@@ -98,15 +100,18 @@ SATEEN_INLINE void quad_of(const bits16* first, long stride, long s, long count,
     work(key);
 }
 
-// out[row] += weights[row] times the values of KEYS keys, or of those up to `last`, for VECTORS * 32 channels.
-template <int ROWS, int VECTORS, int KEYS>
-SATEEN_INLINE void add_values(const bits16* v, long stride, long first, long last, const bits16* weights, long V, float* out) {
+// out[row] += weights[row] times the values of KEYS keys, or of those up to `last`, for VECTORS * 32 channels; ask() comes
+// with every 256 bytes.
+template <int ROWS, int VECTORS, int KEYS, typename Ask>
+SATEEN_INLINE void add_values(const bits16* v, long stride, long first, long last, const bits16* weights, long V, float* out, Ask ask) {
     vfloat sum[ROWS][2 * VECTORS];
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < 2 * VECTORS; ++j) sum[i][j] = load(out + i * V + j * W);
     const auto add = [&](long s) SATEEN_LAMBDA {
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; ++j) ask();
         quad_of<KEYS != 0>(v, stride, s, last, [&](const bits16* const (&key)[kQuad]) SATEEN_LAMBDA {
 #pragma GCC unroll 2
             for (int k = 0; k < kQuad; k += 2)
@@ -144,9 +149,8 @@ struct Bf16Fold {
     float* scores;        // [heads, rows, 64]
     bits16* weights;      // [heads, rows, 64]
     float* out;           // [heads, rows, V], in the order of KeyPair
-    long out_stride;      // from head to head
-
-    static long size(long heads, long rows) { return heads * rows * kBf16Block * 3 / 2; }
+    SoftRows soft;
+    long soft_stride;     // from head to head: rows, in whole vectors where heads are folded one by one
 
     // work(integral_constant of some rows, first of them) for all rows; ROWS is their number, or 0.
     template <int ROWS, typename Work>
@@ -161,16 +165,18 @@ struct Bf16Fold {
 
     // Scores of keys [begin, end) for heads [first, last). With STEP these are kStep keys; CHANNELS is H, or 0.
     template <int ROWS, int CHANNELS, int STEP>
-    SATEEN_APART void dots(const Bf16Keys& keys, long begin, long end, long first, long last, const RowsAhead& ahead) const {
+    SATEEN_APART void dots(const Bf16Keys& keys, long begin, long end, long first, long last, LaterRows later) const {
         const bits16 *k = keys.k + first * H, *q = query + first * rows * H;
         float* x = scores + first * rows * kBf16Block;
         const long channels = CHANNELS ? CHANNELS : H, stride = keys.k_stride;
+        const auto ask = [&]() SATEEN_LAMBDA {
+            if constexpr (STEP > 0) later.ask();
+        };
         for (long head = first; head < last; ++head, k += channels, q += rows * channels, x += rows * kBf16Block) {
             const auto quad = [&](long s) SATEEN_LAMBDA {
-                ahead.ask((head - first) * ((STEP ? STEP : kBf16Block) / kQuad) + (s - begin) / kQuad, kQuad * channels * sizeof(bits16));
                 quad_of<STEP != 0>(k, stride, s, end, [&](const bits16* const (&key)[kQuad]) SATEEN_LAMBDA {
                     each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
-                        dot_quad<some.value, CHANNELS>(key, channels, q + i * channels, x + i * kBf16Block + s, kBf16Block);
+                        dot_quad<some.value, CHANNELS>(key, channels, q + i * channels, x + i * kBf16Block + s, kBf16Block, ask);
                     });
                 });
             };
@@ -185,18 +191,20 @@ struct Bf16Fold {
 
     // Adds the values of keys [begin, end) to the outputs of heads [first, last); CHANNELS is V, or 0.
     template <int ROWS, int CHANNELS, int STEP>
-    SATEEN_APART void values(const Bf16Keys& keys, long begin, long end, long first, long last, const RowsAhead& ahead) const {
+    SATEEN_APART void values(const Bf16Keys& keys, long begin, long end, long first, long last, LaterRows later) const {
         const long channels = CHANNELS ? CHANNELS : V, stride = keys.v_stride;
         const bits16 *v = keys.v + first * channels, *share = weights + first * rows * kBf16Block;
-        float* to = out + first * out_stride;
-        for (long head = first; head < last; ++head, v += channels, share += rows * kBf16Block, to += out_stride) {
-            ahead.ask(head - first, (STEP ? STEP : kBf16Block) * channels * sizeof(bits16));
+        float* to = out + first * rows * channels;
+        const auto ask = [&]() SATEEN_LAMBDA {
+            if constexpr (STEP > 0) later.ask();
+        };
+        for (long head = first; head < last; ++head, v += channels, share += rows * kBf16Block, to += rows * channels) {
             each_rows<ROWS>([&](auto some, long i) SATEEN_LAMBDA {
                 long c = 0;
                 for (; c + 2 * kPairs <= channels; c += 2 * kPairs)
-                    add_values<some.value, 2, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c);
+                    add_values<some.value, 2, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c, ask);
                 if (c < channels)
-                    add_values<some.value, 1, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c);
+                    add_values<some.value, 1, STEP>(v + c, stride, begin, end, share + i * kBf16Block, channels, to + i * channels + c, ask);
             });
         }
     }
@@ -204,63 +212,82 @@ struct Bf16Fold {
     // Calls one of the two with its number of channels, where it is a usual one, and of keys.
 #define SATEEN_FOLD(function, channels)                                                                                     \
     template <int ROWS, int STEP>                                                                                           \
-    SATEEN_INLINE void function(const Bf16Keys& keys, long begin, long end, long first, long last, const RowsAhead& ahead) const { \
-        if (channels == 64) function<ROWS, 64, STEP>(keys, begin, end, first, last, ahead);                                 \
-        else if (channels == 128) function<ROWS, 128, STEP>(keys, begin, end, first, last, ahead);                          \
-        else function<ROWS, 0, STEP>(keys, begin, end, first, last, ahead);                                                 \
+    SATEEN_INLINE void function(const Bf16Keys& keys, long begin, long end, long first, long last, LaterRows later) const { \
+        if (channels == 64) function<ROWS, 64, STEP>(keys, begin, end, first, last, later);                                 \
+        else if (channels == 128) function<ROWS, 128, STEP>(keys, begin, end, first, last, later);                          \
+        else function<ROWS, 0, STEP>(keys, begin, end, first, last, later);                                                 \
     }
     SATEEN_FOLD(dots, H)
     SATEEN_FOLD(values, V)
 #undef SATEEN_FOLD
 
-    // Scores of one row to weights; what its online softmax carries goes along.
-    SATEEN_APART void soften(long count, long begin, bool is_masked, long head, long i, float& top, float& sum) const {
-        float *const x = scores + (head * rows + i) * kBf16Block, *const to = out + head * out_stride + i * V;
-        if (is_masked) {
-            vint lane;
-            for (int j = 0; j < W; ++j) lane[j] = j;
-            const vint newest = splat_int(tile.newest[i]), oldest = splat_int(tile.oldest[i]), end = splat_int(int(begin + count));
-            for (long s = 0; s < kBf16Block; s += W) {
-                const vint at = lane + splat_int(int(begin + s));
-                store(x + s, (at <= newest) & (at >= oldest) & (at < end) ? load(x + s) : splat(-kInf));
-            }
-        }
-        const vfloat most = maximum(maximum(load(x), load(x + W)), maximum(load(x + 2 * W), load(x + 3 * W)));
-        const float before = top, largest = max_lanes(most);
-        top = largest > before ? largest : before;
-        const float base = top == -kInf ? 0.0f : top;
-        vfloat total{};
+    // Scores of heads [first, last) to weights; what the online softmax carries goes along.
+    template <bool MASKED>
+    SATEEN_APART void soften(long count, long begin, long first, long last) const {
+        vint lane;
+        for (int j = 0; j < W; ++j) lane[j] = j;
+        const vint end = splat_int(int(begin + count));
+        const auto each = [&](auto work) SATEEN_LAMBDA {
+            for (long head = first; head < last; ++head)
+                for (long i = 0; i < rows; ++i) work(head * rows + i, head * soft_stride + i, i);
+        };
+        each([&](long row, long at_soft, long i) SATEEN_LAMBDA {
+            float* const x = scores + row * kBf16Block;
+            vfloat most = splat(-kInf);
 #pragma GCC unroll 4
-        for (long s = 0; s < kBf16Block; s += W) {
-            const vfloat weight = exp2_fast(load(x + s) - base);
-            total += weight;
-            const auto rounded = _mm512_maskz_cvtneps_pbh(0xffff, (__m512)weight);
-            __builtin_memcpy(weights + (head * rows + i) * kBf16Block + s, &rounded, sizeof rounded);
-        }
-        const float shrink = largest > before ? exp2_fast(splat(before - base))[0] : 1.0f;
-        sum = sum * shrink + sum_lanes(total);
-        if (shrink != 1.0f)
-            for (long c = 0; c < V; c += W) store(to + c, load(to + c) * shrink);
+            for (long s = 0; s < kBf16Block; s += W) {
+                vfloat y = load(x + s);
+                if constexpr (MASKED) {
+                    const vint at = lane + splat_int(int(begin + s));
+                    y = (at <= splat_int(tile.newest[i])) & (at >= splat_int(tile.oldest[i])) & (at < end) ? y : splat(-kInf);
+                    store(x + s, y);
+                }
+                most = maximum(y, most);
+            }
+            soft.most[at_soft] = most;
+        });
+        soft.raise(first * soft_stride, last * soft_stride);
+        each([&](long row, long at_soft, long) SATEEN_LAMBDA {
+            const float* const x = scores + row * kBf16Block;
+            const vfloat from = splat(soft.base[at_soft]);
+            vfloat total{};
+#pragma GCC unroll 4
+            for (long s = 0; s < kBf16Block; s += W) {
+                const vfloat weight = exp2_fast(load(x + s) - from);
+                total += weight;
+                const auto rounded = _mm512_maskz_cvtneps_pbh(0xffff, (__m512)weight);
+                __builtin_memcpy(weights + row * kBf16Block + s, &rounded, sizeof rounded);
+            }
+            soft.total[at_soft] = total;
+            const float shrink = soft.shrink[at_soft];
+            float* const to = out + row * V;
+            if (shrink != 1.0f)
+                for (long c = 0; c < V; c += W) store(to + c, load(to + c) * shrink);
+        });
+        soft.add(first * soft_stride, last * soft_stride);
     }
 
-    // Folds at most 64 keys, the first at place `begin`, into the states of heads [first, last), few rows a
-    // few keys of all heads at a time. `ahead(i)` is what the i-th step reads ahead; those of values follow those of keys.
-    template <int ROWS, typename StateOf, typename Ahead>
-    SATEEN_INLINE void fold(const Bf16Keys& keys, long begin, long first, long last, StateOf state_of, Ahead ahead) const {
+    // Folds at most 64 keys, the first at place `begin`, into heads [first, last), few rows a few keys of all heads at a
+    // time. `later_keys(s)` is what is asked for while keys from number s on are read.
+    template <int ROWS, typename LaterKeys, typename LaterValues>
+    SATEEN_INLINE void fold(const Bf16Keys& keys, long begin, long first, long last, LaterKeys later_keys, LaterValues later_values) const {
         const long count = keys.count;
         constexpr int STEP = ROWS ? kStep : 0;
-        long number = 0, s = 0;
-        for (; ROWS && s + kStep <= count; s += kStep) dots<ROWS, STEP>(keys, s, s + kStep, first, last, ahead(number++));
-        if (s < count) dots<ROWS, 0>(keys, s, count, first, last, ahead(number));
+        long s = 0;
+        for (; ROWS && s + kStep <= count; s += kStep) {
+            if (ROWS == 1) touch(keys.k + s * keys.k_stride, kStep * keys.k_stride * sizeof(bits16));
+            dots<ROWS, STEP>(keys, s, s + kStep, first, last, later_keys(s));
+        }
+        if (s < count) dots<ROWS, 0>(keys, s, count, first, last, later_keys(s));
         bool is_masked = count < kBf16Block;
         for (long i = 0; i < rows; ++i) is_masked |= tile.oldest[i] > begin || tile.newest[i] < begin + count - 1;
-        for (long head = first; head < last; ++head) {
-            const auto state = state_of(head);
-            for (long i = 0; i < rows; ++i) soften(count, begin, is_masked, head, i, state.top[i], state.sum[i]);
+        if (is_masked) soften<true>(count, begin, first, last);
+        else soften<false>(count, begin, first, last);
+        for (s = 0; ROWS && s + kStep <= count; s += kStep) {
+            if (ROWS == 1) touch(keys.v + s * keys.v_stride, kStep * keys.v_stride * sizeof(bits16));
+            values<ROWS, STEP>(keys, s, s + kStep, first, last, later_values(s));
         }
-        number = divide_up(count, kStep), s = 0;
-        for (; ROWS && s + kStep <= count; s += kStep) values<ROWS, STEP>(keys, s, s + kStep, first, last, ahead(number++));
-        if (s < count) values<ROWS, 0>(keys, s, count, first, last, ahead(number));
+        if (s < count) values<ROWS, 0>(keys, s, count, first, last, later_values(s));
     }
 };
 #endif

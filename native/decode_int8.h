@@ -134,95 +134,113 @@ struct CodeBlocks {
 
 thread_local Scratch code_scratch;
 
+// A task over codes: its queries as codes, what its softmax carries, and its keys in blocks.
+struct CodeSpan {
+    const DecodeStep& p;
+    const DecodeLayer& l;
+    const SpanTask& task;
+    Tile tile = tile_of(p, l, task);
+    float* states;  // of every head
+    CodeBlocks blocks;
+
+    static long size(const DecodeLayer& l) { return l.K * RowStates::size(l.H, l.V) + CodeBlocks::size(l); }
+
+    // States of `rows` rows per head begin, of which the task has some; `memory` has size() numbers.
+    CodeSpan(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task, long rows, float* memory)
+        : p(p), l(l), task(task), states(memory), blocks(p, l, task.sequence, memory + l.K * RowStates::size(l.H, l.V)) {
+        // Queries come times scale * log2(e).
+        for (long head = 0; head < l.K; ++head)
+            states_of(head).begin([&](long i) { return query_of(p, l, task, head, i); }, task.rows, l.H, kLn2,
+                                  mean_of(p, l, task.sequence) + head * l.H, rows);
+    }
+
+    RowStates states_of(long head) const { return RowStates(states + head * RowStates::size(l.H, l.V), l.H, l.V); }
+
+    // work(keys, number of the first) for every block.
+    template <typename Work>
+    void each(Work work) const {
+        for (long begin = blocks.begin(task.from), end; begin < task.to; begin = end) {
+            end = begin + kCodeBlock < task.to ? begin + kCodeBlock : task.to;
+            work(blocks.run(begin, end), begin);
+        }
+    }
+
+    void finish() const {
+        for (long head = 0; head < l.K; ++head) {
+            const RowStates from = states_of(head);
+            const SpanState to(p, l, task, head);
+            for (long i = 0; i < task.rows; ++i) {
+                to.top[i] = from.top[i] + from.shift[i] * kLog2e, to.sum[i] = from.sum[i];
+                __builtin_memcpy(to.out + i * from.columns, from.out + i * from.columns, from.columns * sizeof(float));
+            }
+        }
+    }
+};
+
+#ifdef __AVX512VNNI__
+template <int ROWS>
+void attend_few_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
+    using Fold = CodeFold<ROWS>;
+    float* const memory = code_scratch.take(Fold::memory(l.K, l.H, l.V) + CodeSpan::size(l));
+    const CodeSpan span(p, l, task, ROWS, memory + Fold::memory(l.K, l.H, l.V));
+    const Fold fold(span.tile, l.K, l.H, l.V, memory);
+    const auto states_of = [&](long head) { return span.states_of(head); };
+    fold.begin(states_of);
+    span.each([&](const RowRun& run, long begin) {
+        // Scales are asked for twice too, a block at a time.
+        for (long block = begin + 2 * kCodeBlock; block > begin; block -= kCodeBlock) {
+            if (block >= task.to) continue;
+            const long at = cache_row(p, l, task.sequence, block) * l.K, bytes = kCodeBlock * l.K * sizeof(float);
+            fetch(reinterpret_cast<const char*>(l.cache.scales.k + at), bytes);
+            fetch(reinterpret_cast<const char*>(l.cache.scales.v + at), bytes);
+        }
+        const auto later = [&](const void* rows, long channels, const code* here) {
+            return [=, &p, &l, &task](long s) {
+                const long row = l.K * channels;
+                return LaterRows(p, l, task, rows, row, begin + s, here + s * row);
+            };
+        };
+        fold.fold(run, begin, states_of, later(l.cache.k, l.H, run.k), later(l.cache.v, l.V, run.v));
+    });
+    fold.end(states_of);
+    span.finish();
+}
+#endif
+
 // attend_span over codes with integer products.
 inline void attend_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task) {
-    const Tile tile = tile_of(p, l, task);
-    const long state_size = RowStates::size(l.H, l.V), block_size = sizeof(BlockScratch) / sizeof(float);
-    // Packed rows, or two lines of scales and the queries of all heads four times, or what a single row needs.
-    long packed_size = PackedRows::size(l.H, l.V, kCodeBlock) + l.K * kGroup * l.H;
-    bool is_direct = false;
 #ifdef __AVX512VNNI__
-    is_direct = fits_direct(l.H, l.V, task.rows);
-    if (is_direct && task.rows == 1) packed_size = OneRowFold::size(l.K, l.H, l.V);
+    if (fits_direct(l.H, l.V, task.rows)) switch (task.rows) {
+        case 1: return attend_few_codes<1>(p, l, task);
+        case 2: return attend_few_codes<2>(p, l, task);
+        case 3: return attend_few_codes<3>(p, l, task);
+        case 4: return attend_few_codes<4>(p, l, task);
+        case 5: return attend_few_codes<5>(p, l, task);
+        default: return attend_few_codes<6>(p, l, task);
+    }
 #endif
-    float* const memory = code_scratch.take(block_size + packed_size + l.K * state_size + CodeBlocks::size(l));
-    float *const packed = memory + block_size, *const states = packed + packed_size;
-    const CodeBlocks blocks(p, l, task.sequence, states + l.K * state_size);
-    const auto states_of = [&](long head) { return RowStates(states + head * state_size, l.H, l.V); };
-    // Queries come times scale * log2(e).
-    for (long head = 0; head < l.K; ++head)
-        states_of(head).begin([&](long i) { return query_of(p, l, task, head, i); }, task.rows, l.H, kLn2,
-                   mean_of(p, l, task.sequence) + head * l.H, is_direct ? task.rows : kRows);
-#ifdef __AVX512VNNI__
-    const OneRowFold one(tile, l.K, l.H, l.V, packed);
-    float* const scales = packed;
-    code* const spread = task.rows == 1 ? one.spread : reinterpret_cast<code*>(packed + 2 * kCodeBlock);
-    if (is_direct)
-        for (long head = 0; head < l.K; ++head)
-            for (long i = 0; i < task.rows; ++i)
-                spread_codes(states_of(head).codes + i * states_of(head).stride, l.H, spread + (head * task.rows + i) * l.H * 4);
-#endif
+    const long block_size = sizeof(BlockScratch) / sizeof(float), packed_size = PackedRows::size(l.H, l.V, kCodeBlock);
+    float* const memory = code_scratch.take(block_size + packed_size + CodeSpan::size(l));
+    const CodeSpan span(p, l, task, kRows, memory + block_size + packed_size);
     BlockScratch& scratch = *reinterpret_cast<BlockScratch*>(memory);
     Form form = kCodeForm;
     form.quads = whole(l.H, 4) / 4;
-    for (long begin = blocks.begin(task.from), end; begin < task.to; begin = end) {
-        end = begin + kCodeBlock < task.to ? begin + kCodeBlock : task.to;
-        RowRun run = blocks.run(begin, end);
+    span.each([&](RowRun run, long begin) {
         Ahead ahead{};
-        const float *next_scales[2]{};
-        if (end < task.to && !l.cache.ring_rows) {
-            const long next = cache_row(p, l, task.sequence, end) * l.K;
-            ahead = {static_cast<const char*>(l.cache.k) + next * l.H, static_cast<const char*>(l.cache.v) + next * l.V, 16 * l.H, 16 * l.V};
-            next_scales[0] = l.cache.scales.k + next, next_scales[1] = l.cache.scales.v + next;
+        if (begin + kCodeBlock < task.to && !l.cache.ring_rows) {
+            const RowRun next = span.blocks.run(begin + kCodeBlock, begin + 2 * kCodeBlock);
+            ahead = {reinterpret_cast<const char*>(next.k), reinterpret_cast<const char*>(next.v), 16 * l.H, 16 * l.V};
         }
-#ifdef __AVX512VNNI__
-        if (is_direct && task.rows == 1) {
-            for (const float* from : next_scales)
-                if (from) fetch(reinterpret_cast<const char*>(from), l.K * kCodeBlock * sizeof(float));
-            // Steps over the keys, over the values, and over those of the next block follow one another.
-            constexpr long kSteps = kCodeBlock / OneRowFold::kStep;
-            const long k_bytes = OneRowFold::kStep * l.K * l.H, v_bytes = OneRowFold::kStep * l.K * l.V;
-            const auto at = [&](long step) -> const char* {
-                const char* const k = step < 2 * kSteps ? reinterpret_cast<const char*>(run.k) : ahead.k;
-                const char* const v = step < 2 * kSteps ? reinterpret_cast<const char*>(run.v) : ahead.v;
-                if (!k || step >= 4 * kSteps) return nullptr;
-                step %= 2 * kSteps;
-                return step < kSteps ? k + step * k_bytes : v + (step - kSteps) * v_bytes;
-            };
-            const long later = divide_up(kLaterBytes, k_bytes);
-            one.fold(run, begin, states_of, [&](long step) { return RowsAhead{at(step + 1), at(step + later)}; });
-            continue;
-        }
-#endif
         for (long head = 0; head < l.K; ++head) {
-            for (const float* from : next_scales)
-                if (from) fetch(reinterpret_cast<const char*>(from + head * kCodeBlock), kCodeBlock * sizeof(float));
-#ifdef __AVX512VNNI__
-            if (is_direct) {
-                take_scales(run.k_scale - head, head, l.K, end - begin, scales);
-                take_scales(run.v_scale - head, head, l.K, end - begin, scales + kCodeBlock);
-                fold_direct(tile, states_of(head), spread + head * task.rows * l.H * 4, run, scales, scales + kCodeBlock, l.H,
-                            begin, ahead, scratch);
-            } else
-#endif
-            {
-                PackedRows rows(packed, l.H, l.V, kCodeBlock);
-                rows.add(run, ahead);
-                fold_block(form, tile, states_of(head), rows.close(begin), scratch);
-            }
+            PackedRows rows(memory + block_size, l.H, l.V, kCodeBlock);
+            rows.add(run, ahead);
+            fold_block(form, span.tile, span.states_of(head), rows.close(begin), scratch);
             run.k += l.H, run.v += l.V, ++run.k_scale, ++run.v_scale;
             // Each head asks for its part of the next block, which lies in one piece.
             ahead.k += kCodeBlock / 16 * ahead.k_bytes, ahead.v += kCodeBlock / 16 * ahead.v_bytes;
         }
-    }
-    for (long head = 0; head < l.K; ++head) {
-        const RowStates from = states_of(head);
-        const SpanState to(p, l, task, head);
-        for (long i = 0; i < task.rows; ++i) {
-            to.top[i] = from.top[i] + from.shift[i] * kLog2e, to.sum[i] = from.sum[i];
-            __builtin_memcpy(to.out + i * from.columns, from.out + i * from.columns, from.columns * sizeof(float));
-        }
-    }
+    });
+    span.finish();
 }
 
 }  // namespace

@@ -120,22 +120,34 @@ SATEEN_INLINE void transpose(vfloat (&rows)[W]) {
     if constexpr (W > 8) transpose_stage<8>(rows);
 }
 
-template <int D>
-SATEEN_INLINE void halve(vfloat (&rows)[W]) {
+template <int D, typename Join>
+SATEEN_INLINE void halve(vfloat (&rows)[W], Join join) {
 #pragma GCC unroll 8
     for (int i = 0; i < D; ++i) {
         exchange<D>(rows[i], rows[i + D], std::make_integer_sequence<int, W>{});
-        rows[i] += rows[i + D];
+        rows[i] = join(rows[i], rows[i + D]);
     }
 }
 
-// Lane i is the sum over the lanes of vector i.
-SATEEN_INLINE vfloat sum_each(vfloat (&rows)[W]) {
-    if constexpr (W > 8) halve<8>(rows);
-    if constexpr (W > 4) halve<4>(rows);
-    halve<2>(rows);
-    halve<1>(rows);
+// Lane i is what `join` makes of all lanes of vector i.
+template <typename Join>
+SATEEN_INLINE vfloat join_each(const vfloat* vectors, Join join) {
+    vfloat rows[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = vectors[i];
+    if constexpr (W > 8) halve<8>(rows, join);
+    if constexpr (W > 4) halve<4>(rows, join);
+    halve<2>(rows, join);
+    halve<1>(rows, join);
     return rows[0];
+}
+
+SATEEN_INLINE vfloat sum_each(const vfloat* vectors) {
+    return join_each(vectors, [](vfloat a, vfloat b) SATEEN_LAMBDA { return a + b; });
+}
+
+SATEEN_INLINE vfloat max_each(const vfloat* vectors) {
+    return join_each(vectors, [](vfloat a, vfloat b) SATEEN_LAMBDA { return maximum(a, b); });
 }
 
 constexpr long round_up(long n, long to) { return (n + to - 1) / to * to; }

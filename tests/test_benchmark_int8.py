@@ -89,15 +89,16 @@ def test_sides_take_turns_in_who_begins(calls, tmp_path):
 
 
 def test_only_the_measured_rows_are_replaced():
-    def one(what, name, value):
-        return {"what": what, "ours": {"name": name}, "value": value}
+    def one(what, value, peer="sdpa"):
+        return {"what": what, "ours": {"name": "int8"}, "peer": {"name": peer}, "value": value}
 
-    old = [
-        one("16384 tokens, 8 heads of 64, causal", "int8", 1),
-        one("1024 tokens, 8 heads of 64", "int8", 2),
-    ]
-    new = [one("1024 tokens, 8 heads of 64", "int8", 3), one("2048 tokens, 8 heads of 64", "int8", 4)]
+    old = [one("16384 tokens, 8 heads of 64, causal", 1), one("1024 tokens, 8 heads of 64", 2)]
+    new = [one("1024 tokens, 8 heads of 64", 3), one("2048 tokens, 8 heads of 64", 4)]
     assert [row["value"] for row in int8_attention.merged(old, new)] == [3, 4, 1]
+    step = "one token after {}, 9 query and 3 key/value heads of 64"
+    old = [one(step.format(8192), 1), one(step.format(8192), 2, "bfloat16 rows")]
+    new = [one(step.format(16384), 3), one(step.format(8192), 4)]
+    assert [row["value"] for row in int8_attention.merged(old, new)] == [4, 2, 3]
 
 
 def test_other_parts_stay_in_the_file(calls, tmp_path, monkeypatch):

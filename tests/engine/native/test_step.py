@@ -613,6 +613,32 @@ def test_every_instruction_set(isa, head_dim):
             assert_tokens_near(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("name", ["one head per row", "mistral, long window"])
+def test_few_query_rows_of_whole_vectors(name, dtype):
+    """One to seven per key/value head, most of which have a kernel of their own, in pages and in rings."""
+    if dtype == torch.int8:
+        pair = int8_pair(name, "int8", num_hidden_layers=1, head_dim=64)
+    else:
+        pair = Pair(build(name, head_dim=64), dtype)
+    for counts in ([130, 70, 64, 1, 40], [1, 2, 3, 4, 5], [6, 7, 1, 2, 3], [4, 5, 6, 7, 1], [1] * 5):
+        want, got = pair.step(counts)
+        if dtype == torch.int8:
+            assert_tokens_near(got, want)
+        else:
+            assert_near(got, want, TOLERANCE[dtype])
+
+
+def test_queries_of_zeros():
+    """All keys that a row sees count alike, those behind it do not."""
+    pair = int8_pair("one head per row", "int8", num_hidden_layers=1, head_dim=64)
+    with torch.no_grad():
+        pair.truth.model.layers[0].self_attn.q_proj.weight.zero_()
+    for counts in ([70, 3, 0, 0, 0], [2, 1, 0, 0, 0]):
+        want, got = pair.step(counts)
+        assert_tokens_near(got, want)
+
+
 def test_parts_of_the_keys_join():
     """Several threads share a long sequence; blocks stay, so only floats add up in another order."""
     model = build("mistral, long window", num_hidden_layers=1)

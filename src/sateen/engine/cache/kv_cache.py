@@ -8,7 +8,6 @@ key/value heads, H and V head sizes.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 from sateen.engine.cache.forward_cache import ForwardCache, Rows
+from sateen.engine.cache.memory import Memory
 from sateen.engine.cache.pages import Pages
 from sateen.engine.cache.prefetch import Lane
 from sateen.nn.spec import KVLayout
 
 PAGE = 64  # tokens per page
-CACHE_LINE = 64  # bytes
 INTEGER_FORMS = ("int8", "int8-half")  # of attention
 MEAN_ROWS = 256  # most rows that the mean of int8 keys is taken over
 
@@ -130,6 +129,7 @@ class KVCache:
         self.lane = Lane(self.device) if prefetches else None
         self.page_device = torch.device("cpu") if offloads else self.device
         self.float_layers: frozenset[int] = frozenset()
+        self._memory = Memory()
         self.pools: dict[tuple[int, str], Pool] = {}
         self.sources: dict[tuple[int, str], int] = {}
         for index, group in enumerate(self.layouts):
@@ -156,11 +156,11 @@ class KVCache:
         shape = rows, layout.num_kv_heads
         device = self.device if ring else self.page_device
         is_pinned = device != self.device and self.device.type == "cuda"
-        k = _zeros((*shape, layout.head_dim), self.dtype, device, is_pinned)
-        v = _zeros((*shape, layout.v_head_dim), self.dtype, device, is_pinned)
+        k = self._memory.zeros((*shape, layout.head_dim), self.dtype, device, is_pinned)
+        v = self._memory.zeros((*shape, layout.v_head_dim), self.dtype, device, is_pinned)
         if not self.is_scaled:
             return Pool(layout, k, v, ring)
-        k_scale, v_scale = (_zeros(shape, torch.float32, device, is_pinned) for _ in range(2))
+        k_scale, v_scale = (self._memory.zeros(shape, torch.float32, device, is_pinned) for _ in range(2))
         mean = torch.zeros(self.num_slots, layout.num_kv_heads, layout.head_dim, device=self.device)
         return Pool(layout, k, v, ring, Scales(k_scale, v_scale, mean))
 
@@ -333,23 +333,6 @@ class KVCache:
             if pool.scales is not None:
                 total[pool.layout.kind] += pool.scales.k_mean_LKH[:1].nbytes
         return total
-
-
-def _zeros(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_pinned: bool = False
-) -> Tensor:
-    """Zeros whose memory a CPU hands out where they are first written, so that an idle cache takes none.
-
-    Pinned ones are there at once: an accelerator reads them past the system.
-    """
-    if device.type != "cpu" or is_pinned:
-        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=is_pinned)
-    size = math.prod(shape) * dtype.itemsize
-    # numpy asks the system for zeroed pages, huge ones where there is much to store; torch would write them.
-    # Rows begin at cache lines, as torch's.
-    raw = np.zeros(size + CACHE_LINE, dtype=np.uint8)
-    start = -raw.ctypes.data % CACHE_LINE
-    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
 
 
 def page_bytes(layouts: Sequence[tuple[KVLayout, ...]], dtype: torch.dtype) -> int:
