@@ -221,9 +221,10 @@ struct Bf16Fold {
     SATEEN_FOLD(values, V)
 #undef SATEEN_FOLD
 
-    // Scores of heads [first, last) to weights; what the online softmax carries goes along.
-    template <bool MASKED>
-    SATEEN_APART void soften(long count, long begin, long first, long last) const {
+    // Scores of heads [first, last) to weights; what the online softmax carries goes along. With ASKS memory is not left
+    // idle meanwhile.
+    template <bool MASKED, bool ASKS>
+    SATEEN_APART void soften(long count, long begin, long first, long last, LaterRows later) const {
         vint lane;
         for (int j = 0; j < W; ++j) lane[j] = j;
         const vint end = splat_int(int(begin + count));
@@ -245,6 +246,7 @@ struct Bf16Fold {
                 most = maximum(y, most);
             }
             soft.most[at_soft] = most;
+            if constexpr (ASKS) later.ask();
         });
         soft.raise(first * soft_stride, last * soft_stride);
         each([&](long row, long at_soft, long) SATEEN_LAMBDA {
@@ -259,6 +261,7 @@ struct Bf16Fold {
                 __builtin_memcpy(weights + row * kBf16Block + s, &rounded, sizeof rounded);
             }
             soft.total[at_soft] = total;
+            if constexpr (ASKS) later.ask();
             const float shrink = soft.shrink[at_soft];
             float* const to = out + row * V;
             if (shrink != 1.0f)
@@ -281,8 +284,9 @@ struct Bf16Fold {
         if (s < count) dots<ROWS, 0>(keys, s, count, first, last, later_keys(s));
         bool is_masked = count < kBf16Block;
         for (long i = 0; i < rows; ++i) is_masked |= tile.oldest[i] > begin || tile.newest[i] < begin + count - 1;
-        if (is_masked) soften<true>(count, begin, first, last);
-        else soften<false>(count, begin, first, last);
+        const LaterRows later = later_values(0);
+        if (is_masked) soften<true, ROWS != 0>(count, begin, first, last, later);
+        else soften<false, ROWS != 0>(count, begin, first, last, later);
         for (s = 0; ROWS && s + kStep <= count; s += kStep) {
             if (ROWS == 1) touch(keys.v + s * keys.v_stride, kStep * keys.v_stride * sizeof(bits16));
             values<ROWS, STEP>(keys, s, s + kStep, first, last, later_values(s));
