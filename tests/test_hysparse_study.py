@@ -160,7 +160,9 @@ def test_counts_shrink_with_the_length():
     parameters = study.parameters(config("full"), "multikey", 256)
     assert (parameters["length"], parameters["num_keys"]) == (254, 12)
     assert study.parameters(config("full"), "multikey", 1024)["num_keys"] == 49
-    assert study.parameters(config("full"), "vt", 256)["num_chains"] == 4  # but for chains, of which there are few
+    assert (
+        study.parameters(config("full"), "vt", 256)["num_chains"] == 4
+    )  # but for chains, of which there are few
 
 
 def test_the_mean_over_tasks_weighs_them_alike():
