@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -131,6 +132,7 @@ VARIANTS: dict[str, Attend] = {
     "full INT8, ours without K smoothing": int8(smooth_k=False),
     "full INT8, ours": int8(),
     "full INT8, cached rows": int8_rows,
+    "INT4 queries and keys, INT8 values": int8(qk="int4", max_error=math.inf),
 }
 
 

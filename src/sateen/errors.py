@@ -56,6 +56,12 @@ class BackendUnavailable(SateenError, RuntimeError):
     """A kernel backend was asked for by name and cannot run here; the message lists the reasons."""
 
 
+class AccuracyError(SateenError):
+    """A cheaper form of a computation missed its bound of accuracy on what it was given."""
+
+    exit_code = 3
+
+
 class TrainingError(SateenError):
     """Training cannot go on: a loss or gradient is not finite; the last checkpoint is still good."""
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from sateen.errors import ShapeError, unknown_name
+from sateen.ops.int8_attention.int4 import MAX_ERROR, check_error
 from sateen.ops.int8_attention.native import int8_attention_native, int8_rows_attention_native
 from sateen.ops.int8_attention.quantize import Int8Rows, integer_matmul, quantize_int8, quantize_rows
-from sateen.ops.int8_attention.reference import OP, P_LEVELS, ROWS_OP
+from sateen.ops.int8_attention.reference import INT4_CHANNELS, OP, P_LEVELS, ROWS_OP
 from sateen.ops.int8_attention.triton_backend import int8_attention_triton, int8_rows_triton
 from sateen.ops.packed import check_packed
 
@@ -44,6 +45,8 @@ def int8_attention(
     window: int | None = None,
     sink_N: Tensor | None = None,
     smooth_k: bool = True,
+    qk: str = "int8",
+    max_error: float = MAX_ERROR,
     pv: str = "int8",
     p_bits: str = "u8",
     v_granularity: str = "channel",
@@ -66,6 +69,9 @@ def int8_attention(
         window: keys each query sees, its own included; needs `causal`.
         sink_N: a logit per query head that joins the softmax without a value and without `scale`.
         smooth_k: quantise keys less their mean over the sequence; the softmax does not change.
+        qk: codes of queries and keys: `int8`, or `int4`, an experiment of the reference: -7..7 with a scale
+            per token and 16 channels, every call measured against float attention.
+        max_error: with `int4`, the largest relative L2 error that 64 queries of each sequence may have.
         pv: `int8`, or `float` for the paper's half-INT8 form, whose values and P stay in floating point.
         p_bits: codes of P: `u8` 0..255, or the paper's `s8` 0..127.
         v_granularity: one scale of the values per sequence and head (`head`) or also per `channel`.
@@ -82,6 +88,7 @@ def int8_attention(
     Raises:
         ShapeError: shapes, offsets or settings that do not fit together.
         BackendUnavailable: the named backend cannot run this call.
+        AccuracyError: `int4` errs by more than `max_error` on these inputs.
 
     Numerics: relative L2 error at 1,024 tokens and H = 64 against float attention is 1.6 % on N(0, 1) and
     0.4 % on U(-0.5, 0.5) (tests/ops/test_int8_attention.py). Values of one sequence share their scales, so a
@@ -96,6 +103,7 @@ def int8_attention(
         "int8_attention", q_TNH, k_SKH, v_SKV, cu_seqlens_q, cu_seqlens_k, window=window, sink=sink_N
     )
     for name, value, known in (
+        ("qk", qk, ("int8", "int4")),
         ("pv", pv, ("int8", "float")),
         ("p_bits", p_bits, tuple(P_LEVELS)),
         ("v_granularity", v_granularity, ("channel", "head")),
@@ -107,6 +115,13 @@ def int8_attention(
         raise ShapeError(f"int8_attention window {window} needs causal=True")
     if pv == "float" and row_sum == "int8":
         raise ShapeError("int8_attention row_sum 'int8' needs pv='int8': with pv='float' P has no codes")
+    if qk == "int4" and q_TNH.shape[-1] % INT4_CHANNELS:
+        raise ShapeError(
+            f"int8_attention qk='int4' takes heads of a multiple of {INT4_CHANNELS} channels; got "
+            f"{q_TNH.shape[-1]}; use qk='int8'"
+        )
+    if scale is None:
+        scale = q_TNH.shape[-1] ** -0.5
     with torch.autocast(q_TNH.device.type, enabled=False):
         out: Tensor | tuple[Tensor, ...] = OP(
             q_TNH,
@@ -115,7 +130,7 @@ def int8_attention(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             causal=causal,
-            scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
+            scale=scale,
             window=window,
             sink_N=sink_N,
             smooth_k=smooth_k,
@@ -125,8 +140,15 @@ def int8_attention(
             row_sum=row_sum,
             return_lse=return_lse,
             backend=backend,
+            **({} if qk == "int8" else {"qk": qk}),
             **_block(block_size),
         )
+        if qk == "int4":
+            check_error(
+                out[0] if isinstance(out, tuple) else out, q_TNH, k_SKH, v_SKV,
+                cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=scale, sink_N=sink_N,
+                causal=causal, window=window, max_error=max_error,
+            )  # fmt: skip
     return out
 
 

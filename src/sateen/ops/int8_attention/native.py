@@ -46,7 +46,11 @@ def _unfit(q: Tensor, channels: tuple[int, int], block_size: int) -> str | None:
     return native_available()
 
 
-def _why_not(q_TNH: Tensor, k_SKH: Tensor, v_SKV: Tensor, *, block_size: int = BLOCK, **_: Any) -> str | None:
+def _why_not(
+    q_TNH: Tensor, k_SKH: Tensor, v_SKV: Tensor, *, block_size: int = BLOCK, qk: str = "int8", **_: Any
+) -> str | None:
+    if qk != "int8":
+        return f"{qk} queries and keys are an experiment of the reference"
     return _unfit(q_TNH, (k_SKH.shape[-1], v_SKV.shape[-1]), block_size)
 
 

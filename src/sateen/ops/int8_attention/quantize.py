@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 127  # codes run from -127 to 127; -128 is not used, so that the scale has no zero point
+LEVELS_INT4 = 7
 
 
 class Int8Rows(NamedTuple):
@@ -53,11 +54,23 @@ def quantize_int8(x: Tensor, dim: int | tuple[int, ...] = -1) -> tuple[Tensor, T
 
     Half-way cases go to the even code. A slice of zeros gets scale 0 and codes 0.
     """
+    return _quantize(x, dim, LEVELS)
+
+
+def quantize_int4(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Codes in [-7, 7], held as int8 [..., C, `channels`], and float32 scales [..., C, 1].
+
+    Every run of `channels` numbers along the last dimension has a scale of its own.
+    """
+    return _quantize(x.unflatten(-1, (-1, channels)), -1, LEVELS_INT4)
+
+
+def _quantize(x: Tensor, dim: int | tuple[int, ...], levels: int) -> tuple[Tensor, Tensor]:
     x = x.float()
-    scale = x.abs().amax(dim, keepdim=True) / LEVELS
+    scale = x.abs().amax(dim, keepdim=True) / levels
     # Numbers so small that their scale is 0 are zeros; subnormal scales can push a ratio past the last code.
     ratio = x / torch.where(scale > 0, scale, 1.0)
-    return ratio.round().clamp(-LEVELS, LEVELS).to(torch.int8), scale
+    return ratio.round().clamp(-levels, levels).to(torch.int8), scale
 
 
 def integer_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sateen.ops.int8_attention.quantize import LEVELS, Int8Rows, integer_matmul, quantize_int8
+from sateen.ops.int8_attention.quantize import LEVELS, Int8Rows, integer_matmul, quantize_int4, quantize_int8
 from sateen.ops.op import Op
 
 LOG2_E = math.log2(math.e)
 P_LEVELS = {"u8": 255, "s8": 127}
+INT4_CHANNELS = 16  # of queries and keys that share a scale with int4 (source: ours)
 
 
 class Values(NamedTuple):
@@ -29,14 +30,22 @@ class Values(NamedTuple):
     is_per_token: bool = False
 
 
+class Codes(NamedTuple):
+    """Queries or keys in C runs of channels: integers [..., C, L] and their float32 scales [..., C]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
 class Form(NamedTuple):
-    """What a query may see, and how P is cut into blocks, rounded and summed."""
+    """What a query may see, how P is cut into blocks, rounded and summed, and whether queries are int4."""
 
     causal: bool
     window: int | None
     levels: int
     row_sum: str
     block_size: int
+    is_int4: bool = False
 
 
 def int8_attention_reference(
@@ -57,9 +66,10 @@ def int8_attention_reference(
     row_sum: str = "float",
     block_size: int = 64,
     return_lse: bool = False,
+    qk: str = "int8",
 ) -> Tensor | tuple[Tensor, ...]:
     """See `sateen.ops.int8_attention`."""
-    how = Form(causal, window, P_LEVELS[p_bits], row_sum, block_size)
+    how = Form(causal, window, P_LEVELS[p_bits], row_sum, block_size, qk == "int4")
     outs, lses = [], []
     for (q0, q1), (k0, k1) in zip(
         pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
@@ -70,11 +80,11 @@ def int8_attention_reference(
         if smooth_k and k1 > k0:
             mean_KH = k_KSH.mean(1)
             k_KSH = k_KSH - mean_KH.unsqueeze(1)
-        k8, k_scale = quantize_int8(k_KSH)
+        keys = quantized(k_KSH, how)
         values = Values(v_KSV, None)
         if pv == "int8" and k1 > k0:
             values = Values(*quantize_int8(v_KSV, 1 if v_granularity == "channel" else (1, 2)))
-        out, lse = attend(q_TNH[q0:q1], k8, k_scale.squeeze(-1), mean_KH, values, scale, sink_N, how)
+        out, lse = attend(q_TNH[q0:q1], keys, mean_KH, values, scale, sink_N, how)
         outs.append(out)
         lses.append(lse)
     return gather(q_TNH, v_SKV, outs, lses, return_lse)
@@ -98,10 +108,11 @@ def rows_reference(
     spans = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
     for b, ((q0, q1), (k0, k1)) in enumerate(spans):
         k8, k_scale = rows.k_SKH[k0:k1].transpose(0, 1), rows.k_scale_SK[k0:k1].T
+        keys = Codes(k8.unsqueeze(-2), k_scale.unsqueeze(-1))
         v_scale = rows.v_scale_SK[k0:k1].T.unsqueeze(-1)
         values = Values(rows.v_SKV[k0:k1].transpose(0, 1), v_scale, is_per_token=True)
         mean_KH = rows.k_mean_BKH[b]
-        out, lse = attend(q_TNH[q0:q1], k8, k_scale, mean_KH, values, scale, sink_N, how)
+        out, lse = attend(q_TNH[q0:q1], keys, mean_KH, values, scale, sink_N, how)
         outs.append(out)
         lses.append(lse)
     return gather(q_TNH, rows.v_SKV, outs, lses, return_lse)
@@ -109,8 +120,7 @@ def rows_reference(
 
 def attend(
     q_TNH: Tensor,
-    k8_KSH: Tensor,
-    k_scale_KS: Tensor,
+    keys: Codes,
     k_mean_KH: Tensor | None,
     values: Values,
     scale: float,
@@ -118,28 +128,27 @@ def attend(
     how: Form,
 ) -> tuple[Tensor, Tensor]:
     """The output [T, N, V] in float32 and the log-sum-exp [N, T] of one sequence."""
-    T, N, H = q_TNH.shape
-    K, S = k8_KSH.shape[:2]
+    T, N, _ = q_TNH.shape
+    K, S = keys.scale.shape[:2]
     q_KGTH = q_TNH.float().transpose(0, 1).unflatten(0, (K, N // K))
-    q8, q_scale = quantize_int8(q_KGTH)
-    q_scale = q_scale * (scale * LOG2_E)
-    visible_TS = _visible(T, S, how, q_TNH.device)
+    queries = quantized(q_KGTH, how)
+    queries = queries._replace(scale=queries.scale * (scale * LOG2_E))
+    visible_TS = visible_keys(T, S, how.causal, how.window, q_TNH.device)
     top = q_KGTH.new_full((K, N // K, T), -torch.inf)  # running maximum of the base-2 scores
     total = torch.zeros_like(top)  # l of the paper
     out = q_KGTH.new_zeros(K, N // K, T, values.v_KSV.shape[-1])
     for start in range(0, S, how.block_size):
-        keys = slice(start, start + how.block_size)
-        seen_TJ = visible_TS[:, keys]
+        block = slice(start, start + how.block_size)
+        seen_TJ = visible_TS[:, block]
         if not bool(seen_TJ.any()):
             continue
-        products = integer_matmul(q8, k8_KSH[:, None, keys].mT, H * LEVELS**2)
-        scores = products.float() * q_scale * k_scale_KS[:, None, None, keys]
+        scores = _scores(queries, Codes(keys.codes[:, block], keys.scale[:, block]))
         scores = scores.masked_fill(~seen_TJ, -torch.inf)
         new_top = torch.maximum(top, scores.amax(-1))
         finite_top = torch.where(new_top == -torch.inf, 0.0, new_top)  # rows that have seen nothing yet
         P = (scores - finite_top.unsqueeze(-1)).exp2()
         decay = (top - finite_top).exp2()
-        product, summed = _times_values(P, values, keys, how)
+        product, summed = _times_values(P, values, block, how)
         total = decay * total + summed.sum(-1)
         out = decay.unsqueeze(-1) * out + product
         top = new_top
@@ -152,6 +161,27 @@ def attend(
         # exp(lse) / (exp(lse) + exp(sink)); a row without keys has lse -inf and stays 0.
         out = out * (lse - sink_N.float().view(K, -1, 1)).sigmoid().unsqueeze(-1)
     return out.flatten(0, 1).transpose(0, 1), lse.flatten(0, 1)
+
+
+def quantized(x: Tensor, how: Form) -> Codes:
+    """Codes of queries or keys [..., H], in one run of channels but for int4."""
+    if how.is_int4:
+        codes, scale = quantize_int4(x, INT4_CHANNELS)
+        return Codes(codes, scale.squeeze(-1))
+    codes, scale = quantize_int8(x)
+    return Codes(codes.unsqueeze(-2), scale)
+
+
+def _scores(queries: Codes, keys: Codes) -> Tensor:
+    """Of queries [K, G, T] and keys [K, J], [K, G, T, J]: exact products per run, scaled and summed."""
+    scores = None
+    for c in range(keys.codes.shape[-2]):
+        run = keys.codes[:, None, :, c]
+        products = integer_matmul(queries.codes[..., c, :], run.mT, run.shape[-1] * LEVELS**2)
+        part = products.float() * queries.scale[..., c, None] * keys.scale[:, None, None, :, c]
+        scores = part if scores is None else scores + part
+    assert scores is not None
+    return scores
 
 
 def _times_values(P: Tensor, values: Values, keys: slice, how: Form) -> tuple[Tensor, Tensor]:
@@ -171,14 +201,14 @@ def _times_values(P: Tensor, values: Values, keys: slice, how: Form) -> tuple[Te
     return product, P8 / how.levels if how.row_sum == "int8" else P
 
 
-def _visible(T: int, S: int, how: Form, device: torch.device) -> Tensor:
+def visible_keys(T: int, S: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
     """Which keys each query sees, bool [T, S]; the last query stands at the last key."""
-    if not how.causal:
+    if not causal:
         return torch.ones(T, S, dtype=torch.bool, device=device)
     place = torch.arange(T, device=device)[:, None] + S - T
     key = torch.arange(S, device=device)
     seen = key <= place
-    return seen if how.window is None else seen & (key > place - how.window)
+    return seen if window is None else seen & (key > place - window)
 
 
 def gather(

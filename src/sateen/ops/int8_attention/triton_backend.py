@@ -20,8 +20,17 @@ MAX_HEAD, MAX_BLOCK, MAX_GROUP = 256, 128, 64  # what a tile holds
 
 
 def _why_not(
-    q_TNH: Tensor, k_SKH: Tensor, v_SKV: Tensor, *, block_size: int = 64, pv: str = "int8", **_: Any
+    q_TNH: Tensor,
+    k_SKH: Tensor,
+    v_SKV: Tensor,
+    *,
+    block_size: int = 64,
+    pv: str = "int8",
+    qk: str = "int8",
+    **_: Any,
 ) -> str | None:
+    if qk != "int8":
+        return f"{qk} queries and keys are an experiment of the reference"
     if any(x.dtype not in DTYPES for x in (q_TNH, k_SKH, v_SKV)):
         return f"it takes float32, bfloat16 and float16; got {q_TNH.dtype}, {k_SKH.dtype}, {v_SKV.dtype}"
     if pv == "float" and v_SKV.dtype == torch.float32 and block_size > 64 and v_SKV.shape[2] > 128:
