@@ -123,6 +123,10 @@ def test_not_a_number_is_refused_and_nothing_to_do_is_fine():
     q[3] = torch.nan
     with pytest.raises(AccuracyError):
         ops.int8_attention(q, k, v, cu_seqlens_q=torch.tensor([0, 8]), qk="int4", max_error=1.0)
+    with pytest.raises(AccuracyError):  # no query is left whose exact output is more than zeros
+        ops.int8_attention(q * torch.nan, k, v, cu_seqlens_q=torch.tensor([0, 8]), qk="int4", max_error=1.0)
+    zeros = ops.int8_attention(k.repeat(1, 2, 1), k, v * 0, cu_seqlens_q=torch.tensor([0, 8]), qk="int4")
+    assert not zeros.any()
     empty = ops.int8_attention(q[:0], k[:0], v[:0], cu_seqlens_q=torch.tensor([0, 0]), qk="int4")
     assert empty.shape == (0, 4, 24)
 

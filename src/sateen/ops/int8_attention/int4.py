@@ -7,6 +7,7 @@ gives no numbers. Shape letters as in `reference.py`.
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import torch
@@ -55,7 +56,7 @@ def check_error(
         exact = torch.einsum("nts,snv->tnv", (scores - total).exp().nan_to_num(0.0), v)
         wrong += float((out_TNV[q0:q1][rows].double() - exact).square().sum())
         right += float(exact.square().sum())
-    error = (wrong / right) ** 0.5 if right else 0.0
+    error = (wrong / max(right, sys.float_info.min)) ** 0.5  # NaN stays NaN, and is refused
     if not error <= max_error:
         raise AccuracyError(
             f"int8_attention qk='int4': the relative L2 error of sampled queries is {error:.2%}, accepted is "
