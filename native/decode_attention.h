@@ -136,14 +136,8 @@ void attend_bf16(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task
             narrow(Format::bf16, static_cast<const float*>(run.v), count * K * V, new_v);
             keys.k = new_k, keys.v = new_v;
         }
-        const auto later = [&](const void* rows, long channels, const bits16* here) {
-            return [=, &p, &l, &task](long s) {
-                const long row = K * channels;
-                return LaterRows(p, l, task, rows, row * sizeof(bits16), begin + s, here + s * row);
-            };
-        };
-        const auto later_keys = later(l.cache.k, H, keys.k);
-        const auto later_values = later(l.cache.v, V, keys.v);
+        const auto later_keys = later_rows(p, l, task, l.cache.k, H, begin, keys.k);
+        const auto later_values = later_rows(p, l, task, l.cache.v, V, begin, keys.v);
         if (ROWS > 0) fold.template fold<ROWS>(keys, begin, 0, K, later_keys, later_values);
         else
             for (long head = 0; head < K; ++head) {

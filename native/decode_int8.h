@@ -194,13 +194,8 @@ void attend_few_codes(const DecodeStep& p, const DecodeLayer& l, const SpanTask&
             fetch(reinterpret_cast<const char*>(l.cache.scales.k + at), bytes);
             fetch(reinterpret_cast<const char*>(l.cache.scales.v + at), bytes);
         }
-        const auto later = [&](const void* rows, long channels, const code* here) {
-            return [=, &p, &l, &task](long s) {
-                const long row = l.K * channels;
-                return LaterRows(p, l, task, rows, row, begin + s, here + s * row);
-            };
-        };
-        fold.fold(run, begin, states_of, later(l.cache.k, l.H, run.k), later(l.cache.v, l.V, run.v));
+        fold.fold(run, begin, states_of, later_rows(p, l, task, l.cache.k, l.H, begin, run.k),
+                  later_rows(p, l, task, l.cache.v, l.V, begin, run.v));
     });
     fold.end(states_of);
     span.finish();

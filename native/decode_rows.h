@@ -85,6 +85,17 @@ struct LaterRows {
     }
 };
 
+// What is asked for while a block's keys from number s on are read, for any s: the block's first key is at place `begin`
+// of the sequence and at `here`.
+template <typename T>
+SATEEN_INLINE auto later_rows(const DecodeStep& p, const DecodeLayer& l, const SpanTask& task, const void* rows, long channels,
+                              long begin, const T* here) {
+    return [=, &p, &l, &task](long s) {
+        const long row = l.K * channels;
+        return LaterRows(p, l, task, rows, row * sizeof(T), begin + s, here + s * row);
+    };
+}
+
 // Reads what will be used at once, in the order of memory.
 inline void touch(const void* from, long bytes) {
     const volatile char* at = static_cast<const volatile char*>(from);

@@ -34,7 +34,7 @@ inline void take_scales(const float* from, long head, long stride, long count, f
     }
 }
 
-// A row of codes of a query, each group of four spread as key_quad() has them: [H / 64][4] vectors.
+// A row of codes of a query, each group of four spread as KeyQuad has them: [H / 64][4] vectors.
 inline void spread_codes(const code* q, long H, code* to) {
     for (long c = 0; c < H; c += kVector, to += 4 * kVector) {
         const __m512i x = load_codes(q + c);
